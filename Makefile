@@ -1,0 +1,60 @@
+# Every target does its own set-up. Needed beforehand: Python 3.10 to 3.13 and a C++ compiler, nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.set-up
+TYPES := .cache/types
+# Two test processes with one thread each by default: `make test WORKERS=8` on a larger machine.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint format types conformance fuzz offline bench clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+
+setup: $(STAMP)  ## make .venv with the pinned dependencies and blade itself (editable)
+
+$(STAMP): constraints.txt pyproject.toml scripts/setup.sh
+	@PYTHON="$(PYTHON)" bash scripts/setup.sh $(VENV)
+	@touch $@
+
+demo: $(STAMP)  ## compile a Wan transformer with plain Inductor and with blade, and compare (CPU: about 6 minutes)
+	@$(BIN)/python -m benchmarks.demo
+
+test: lint types  ## lint, types and all tests but the slow ones (under 15 minutes on 2 cores)
+	$(PYTEST) -m "not slow"
+
+test-slow: $(STAMP)  ## the tests that take minutes each
+	$(PYTEST) -m slow
+
+lint: $(STAMP)  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP)  ## rewrite the files as ruff wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(STAMP)  ## mypy, on the wheel: it does not follow the package's __path__ in a checkout
+	$(BIN)/python scripts/install_wheel.py $(TYPES)
+	cd $(TYPES) && MYPYPATH=. $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
+		--cache-dir $(CURDIR)/.cache/mypy -p blade_compile
+
+conformance: $(STAMP)  ## every diffusers transformer and spelling; resumable; writes the committed table
+	$(BIN)/python -m benchmarks.conformance
+
+fuzz: $(STAMP)  ## the property tests with many random examples; resumable; writes the committed table
+	$(BIN)/python -m benchmarks.fuzz
+
+offline: $(STAMP)  ## every Triton kernel compiled for every chip: not part of this version
+	@echo "make offline compiles the Triton kernels for every chip; this version has none yet (CPU and ATen only)." >&2
+	@exit 1
+
+bench: $(STAMP)  ## measure attention on this machine; writes benchmarks/results
+	$(BIN)/python -m benchmarks
+
+clean:  ## remove caches and build output, but not .venv
+	rm -rf .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis torch_compile_debug
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
