@@ -1,0 +1,195 @@
+"""Which implementation runs a call: the C++ kernel, ATen, or dense SDPA; decided from concrete sizes at run time.
+
+Deciding inside the operators means that no size is guarded in the compiled graph: one graph serves every length.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import aten, cost, cpu, cpu_build, cpu_probe, dense, density, lists, reference
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_decided = threading.local()
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How blocks are chosen (contract: ``BladeConfig``)."""
+
+    sparsity: float | None
+    tau: float
+    min_keep: float
+    max_keep: float
+    block_size: int
+    probe_tokens: int
+    seed: int
+
+
+def family(device: torch.device, dtype: torch.dtype) -> str:
+    """The cost table's entry for what runs a call here."""
+    if device.type != "cpu":
+        return "accelerator-aten"
+    isa = cpu_build.loaded_isa() if dtype in KERNEL_DTYPES else None
+    return f"cpu-{isa}" if isa else "cpu-aten"
+
+
+def key_bias(key_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The key mask as an additive one, [B|1, H|1, T], fp32 (fp64 for fp64)."""
+    bias = reference.additive_mask(key_mask, torch.float64 if dtype == torch.float64 else torch.float32)
+    return None if bias is None else bias.squeeze(2)
+
+
+def decide(q: Tensor, k: Tensor, block_size: int, probe_tokens: int, kept: float) -> str:
+    """``sparse``, ``full`` or ``sdpa`` for these sizes at an expected density."""
+    (B, H, S, D), T = q.shape, k.shape[2]
+    dtype = str(q.dtype).removeprefix("torch.")
+    # A continuous density would fill the cache with one entry per call.
+    kept = math.ceil(kept * 64) / 64
+    return cost.choose(family(q.device, q.dtype), dtype, (B, H, S, T, D, block_size), probe_tokens, kept)
+
+
+def _expected_density(q: Tensor, k: Tensor, sel: Selection, forced_q: Tensor | None, forced_k: Tensor | None, site: str) -> float:
+    nK = -(-k.shape[2] // sel.block_size)
+    if sel.sparsity is not None:
+        share = reference.keep_count(1 - sel.sparsity, nK) / nK
+    elif q.device.type == "cpu":
+        share = reference.keep_count(sel.min_keep, nK) / nK  # optimistic: the CPU decides again once it has counted
+    else:
+        return density.expected(site, q.device)
+    rows = 0.0 if forced_q is None else forced_q.double().mean().item()
+    columns = 0.0 if forced_k is None else forced_k.double().mean().item()
+    return rows + (1 - rows) * min(1.0, share + columns)
+
+
+def predict(
+    q: Tensor,
+    k: Tensor,
+    key_mask: Tensor | None,
+    scale: float,
+    sel: Selection,
+    protect_q: list[int],
+    protect_k: list[int],
+    *,
+    auto: bool,
+    min_tokens: int,
+    site: str,
+) -> tuple[Tensor, Tensor, str]:
+    """Block lists and what made them; under ``auto`` full lists where dense is predicted to be as fast."""
+    (B, H, S, _), T = q.shape, k.shape[2]
+    nQ, nK = -(-S // sel.block_size), -(-T // sel.block_size)
+    # Lists are small: forced blocks are found on the host and sent along.
+    forced_q = lists.forced_blocks(protect_q, S, sel.block_size, q.device)
+    forced_k = lists.forced_blocks(protect_k, T, sel.block_size, q.device)
+    keep_all = sel.sparsity == 0 or (sel.sparsity is None and sel.tau >= 1 and sel.max_keep >= 1)
+    if auto:
+        kept = 1.0 if keep_all else _expected_density(q, k, sel, forced_q, forced_k, site)
+        choice = "sdpa" if min_tokens > T else decide(q, k, sel.block_size, sel.probe_tokens, kept)
+        _decided.choice = choice
+        keep_all = keep_all or choice != "sparse"
+    if keep_all:
+        return *lists.full_lists(B, H, nQ, nK, q.device), "full"
+    bias = key_bias(key_mask, q.dtype)
+    num, idx, path = _select(q, k, bias, scale, sel, forced_q, forced_k)
+    if auto and sel.sparsity is None:
+        if q.device.type == "cpu":
+            counted = num.double().mean().item() / nK
+            if decide(q, k, sel.block_size, sel.probe_tokens, counted) != "sparse":
+                return *lists.full_lists(B, H, nQ, nK, q.device), "full"
+        else:
+            density.report(site, num, nK)
+    return num, idx, path
+
+
+def _select(
+    q: Tensor, k: Tensor, bias: Tensor | None, scale: float, sel: Selection, forced_q: Tensor | None, forced_k: Tensor | None
+) -> tuple[Tensor, Tensor, str]:
+    chosen = {"sparsity": sel.sparsity, "tau": sel.tau, "min_keep": sel.min_keep, "max_keep": sel.max_keep}
+    if _kernel_runs(q):
+        positions = (
+            positions_cached(n, sel.block_size, sel.probe_tokens, q.shape[1], sel.seed, side)
+            for n, side in ((q.shape[2], "q"), (k.shape[2], "k"))
+        )
+        num, idx = cpu_probe.predict(
+            q, k, bias, scale, sel.block_size, *positions, **chosen, force_q=forced_q, force_k=forced_k
+        )
+        return num, idx, f"cpu-{cpu_build.loaded_isa()}"
+    parts = [
+        reference.select_blocks(
+            reference.probe_map(q[b : b + 1], k[b : b + 1], _row(bias, b), scale, sel.block_size, sel.probe_tokens, sel.seed),
+            **chosen,
+            force_q=forced_q,
+            force_k=forced_k,
+        )
+        for b in range(q.shape[0])  # one sample at a time bounds the probe's memory and keeps its mask its own
+    ]
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), "aten"
+
+
+def _row(bias: Tensor | None, b: int) -> Tensor | None:
+    return bias if bias is None or bias.shape[0] == 1 else bias[b : b + 1]
+
+
+_positions: dict[tuple[int, int, int, int, int, str], Tensor] = {}
+
+
+def positions_cached(num_tokens: int, block_size: int, probe_tokens: int, num_heads: int, seed: int, side: str) -> Tensor:
+    """`reference.probe_positions` on the CPU, remembered: it depends on sizes alone."""
+    key = (num_tokens, block_size, probe_tokens, num_heads, seed, side)
+    found = _positions.get(key)
+    if found is None:
+        if len(_positions) >= 64:
+            _positions.clear()
+        found = _positions[key] = reference.probe_positions(*key).to(torch.int32)
+    return found
+
+
+def _kernel_runs(q: Tensor) -> bool:
+    return q.device.type == "cpu" and q.dtype in KERNEL_DTYPES and cpu_build.load() is not None
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, num: Tensor, idx: Tensor, key_mask: Tensor | None, scale: float, block_size: int, *, auto: bool
+) -> tuple[Tensor, Tensor, str]:
+    """Out in the flash layout, LSE, and what ran. ``auto``: full lists may run as dense SDPA where that is faster."""
+    if auto and _runs_dense(q, k, num, block_size):
+        return *dense.attention(q, k, v, key_mask, scale), "sdpa"
+    bias = key_bias(key_mask, q.dtype)
+    if _kernel_runs(q):
+        return *cpu.attention_forward(q, k, v, num, idx, bias, scale, block_size), f"cpu-{cpu_build.loaded_isa()}"
+    return *aten.attention_forward(q, k, v, num, idx, bias, scale, block_size), "aten"
+
+
+def attend_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    num: Tensor,
+    idx: Tensor,
+    key_mask: Tensor | None,
+    scale: float,
+    block_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v in the flash layout."""
+    run = cpu.attention_backward if _kernel_runs(q) else aten.attention_backward
+    return run(grad_out, grad_lse, q, k, v, out, lse, num, idx, key_bias(key_mask, q.dtype), scale, block_size)
+
+
+def _runs_dense(q: Tensor, k: Tensor, num: Tensor, block_size: int) -> bool:
+    """Whether lists that keep everything should run as SDPA. Counting them would stall an accelerator: there the
+    prediction just made on this thread decides."""
+    if q.device.type != "cpu":
+        return getattr(_decided, "choice", "sparse") == "sdpa"
+    nK = -(-k.shape[2] // block_size)
+    full = int(num.min()) == nK if num.numel() else False
+    return full and decide(q, k, block_size, 16, 1.0) != "full"

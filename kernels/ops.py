@@ -1,0 +1,295 @@
+"""The operators of the ``blade`` namespace: schemas, fake kernels, autograd, autocast. The only registration.
+
+    blade::sparse_sdpa                      composite; one node before autograd, what the passes insert
+    blade::mask_predict                     q, k -> block lists (no gradient)
+    blade::block_sparse_attention           q, k, v, lists -> out, LSE (differentiable)
+    blade::block_sparse_attention_backward  their gradients
+
+``torch.library.Library`` is used rather than ``custom_op``: a third of the overhead per call. All outputs have sizes
+that follow from the inputs' sizes, so that no graph breaks and CUDA graphs can capture them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import Library
+
+from . import checks, dispatch, observe
+
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+_SELECTION = (
+    "float? sparsity=None, float tau=0.95, float min_keep=0.05, float max_keep=1.0, int block_size=128, "
+    "int probe_tokens=16, int seed=0, str when='always', int min_tokens=2048, str site=''"
+)
+
+library = Library("blade", "DEF")
+library.define(
+    "mask_predict(Tensor q, Tensor k, Tensor? key_mask=None, float? scale=None, SymInt[] protect_q=[], "
+    f"SymInt[] protect_k=[], {_SELECTION}) -> (Tensor kv_num_blocks, Tensor kv_indices)",
+    tags=_TAGS,
+)
+library.define(
+    "block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor kv_num_blocks, Tensor kv_indices, "
+    "Tensor? key_mask=None, float? scale=None, int block_size=128, str when='always', str site='') "
+    "-> (Tensor out, Tensor lse)",
+    tags=_TAGS,
+)
+library.define(
+    "block_sparse_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
+    "Tensor lse, Tensor kv_num_blocks, Tensor kv_indices, Tensor? key_mask=None, float? scale=None, "
+    "int block_size=128, str site='') -> (Tensor dq, Tensor dk, Tensor dv)",
+    tags=_TAGS,
+)
+library.define(
+    "sparse_sdpa(Tensor q, Tensor k, Tensor v, Tensor? key_mask=None, float? scale=None, SymInt[] protect_q=[], "
+    f"SymInt[] protect_k=[], str policy='asa', {_SELECTION}) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _scale(scale: float | None, q: Tensor) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else scale
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------------
+
+
+def _mask_predict(
+    q: Tensor,
+    k: Tensor,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    protect_q: list[int] | None = None,
+    protect_k: list[int] | None = None,
+    sparsity: float | None = None,
+    tau: float = 0.95,
+    min_keep: float = 0.05,
+    max_keep: float = 1.0,
+    block_size: int = 128,
+    probe_tokens: int = 16,
+    seed: int = 0,
+    when: str = "always",
+    min_tokens: int = 2048,
+    site: str = "",
+) -> tuple[Tensor, Tensor]:
+    checks.attention(q, k, None, key_mask, block_size)
+    sel = dispatch.Selection(sparsity, tau, min_keep, max_keep, block_size, probe_tokens, seed)
+    num, idx, path = dispatch.predict(
+        q, k, key_mask, _scale(scale, q), sel, protect_q or [], protect_k or [], auto=when == "auto", min_tokens=min_tokens, site=site
+    )
+    if observe.listening():
+        observe.notify(observe.Event("mask_predict", site, path, (q, k), num, idx, block_size))
+    return num, idx
+
+
+def _block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    block_size: int = 128,
+    when: str = "always",
+    site: str = "",
+) -> tuple[Tensor, Tensor]:
+    checks.attention(q, k, v, key_mask, block_size)
+    checks.lists(q, k, kv_num_blocks, kv_indices, block_size)
+    out, lse, path = dispatch.attend(
+        q, k, v, kv_num_blocks, kv_indices, key_mask, _scale(scale, q), block_size, auto=when == "auto"
+    )
+    if observe.listening():
+        event = observe.Event("block_sparse_attention", site, path, (q, k, v), kv_num_blocks, kv_indices, block_size)
+        observe.notify(event)
+    return out, lse
+
+
+def _block_sparse_attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    block_size: int = 128,
+    site: str = "",
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = dispatch.attend_backward(
+        grad_out, grad_lse, q, k, v, out, lse, kv_num_blocks, kv_indices, key_mask, _scale(scale, q), block_size
+    )
+    if observe.listening():
+        path = dispatch.family(q.device, q.dtype)
+        event = observe.Event("block_sparse_attention_backward", site, path, (q, k, v), kv_num_blocks, kv_indices, block_size)
+        observe.notify(event)
+    return grads
+
+
+for _name, _kernel in (
+    ("mask_predict", _mask_predict),
+    ("block_sparse_attention", _block_sparse_attention),
+    ("block_sparse_attention_backward", _block_sparse_attention_backward),
+):
+    library.impl(_name, _kernel, "CompositeExplicitAutograd")
+
+
+# --- fake kernels: sizes, dtypes and strides of the real ones ---------------------------------------------------------
+
+
+def _flash_layout(like: Tensor) -> Tensor:
+    B, H, N, D = like.shape
+    return like.new_empty((B, N, H, D)).transpose(1, 2)
+
+
+def _mask_predict_fake(q: Tensor, k: Tensor, *args: Any, block_size: int | None = None, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    block = block_size if block_size is not None else (args[8] if len(args) > 8 else 128)
+    B, H, S, _ = q.shape
+    nQ, nK = (S + block - 1) // block, (k.shape[2] + block - 1) // block
+    return q.new_empty((B, H, nQ), dtype=torch.int32), q.new_empty((B, H, nQ, nK), dtype=torch.int32)
+
+
+def _block_sparse_attention_fake(q: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return _flash_layout(q), q.new_empty(q.shape[:3], dtype=lse_dtype)
+
+
+def _block_sparse_attention_backward_fake(
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _flash_layout(q), _flash_layout(k), _flash_layout(v)
+
+
+torch.library.register_fake("blade::mask_predict", _mask_predict_fake, lib=library)
+torch.library.register_fake("blade::block_sparse_attention", _block_sparse_attention_fake, lib=library)
+torch.library.register_fake("blade::block_sparse_attention_backward", _block_sparse_attention_backward_fake, lib=library)
+
+
+# --- autograd --------------------------------------------------------------------------------------------------------
+
+
+class _BlockSparseAttention(torch.autograd.Function):
+    """Differentiable in q, k, v, through the output and through the LSE."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        num, idx, key_mask, scale, block_size, when, site = rest
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse = torch.ops.blade.block_sparse_attention.default(
+                q, k, v, num, idx, key_mask, scale, block_size, when, site
+            )
+        ctx.save_for_backward(q, k, v, out, lse, num, idx, key_mask)
+        ctx.scalars = (scale, block_size, site)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        q, k, v, out, lse, num, idx, key_mask = ctx.saved_tensors
+        if grad_out is None and grad_lse is None:
+            return (None,) * 10
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        grads = torch.ops.blade.block_sparse_attention_backward.default(
+            grad_out, grad_lse, q, k, v, out, lse, num, idx, key_mask, *ctx.scalars
+        )
+        return *grads, *(None,) * 7
+
+
+def _block_sparse_attention_autograd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    block_size: int = 128,
+    when: str = "always",
+    site: str = "",
+) -> tuple[Tensor, Tensor]:
+    args = (q, k, v, kv_num_blocks, kv_indices, key_mask, scale, block_size, when, site)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _BlockSparseAttention.apply(*args)  # type: ignore[no-any-return]
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.blade.block_sparse_attention.default(*args)  # type: ignore[no-any-return]
+
+
+library.impl("block_sparse_attention", _block_sparse_attention_autograd, "Autograd")
+
+
+# --- the composite ---------------------------------------------------------------------------------------------------
+
+
+def _sparse_sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    protect_q: list[int] | None = None,
+    protect_k: list[int] | None = None,
+    policy: str = "asa",
+    sparsity: float | None = None,
+    tau: float = 0.95,
+    min_keep: float = 0.05,
+    max_keep: float = 1.0,
+    block_size: int = 128,
+    probe_tokens: int = 16,
+    seed: int = 0,
+    when: str = "always",
+    min_tokens: int = 2048,
+    site: str = "",
+) -> Tensor:
+    num, idx = torch.ops.blade.mask_predict.default(
+        q.detach(),
+        k.detach(),
+        None if key_mask is None else key_mask.detach(),
+        scale,
+        protect_q or [],
+        protect_k or [],
+        sparsity,
+        tau,
+        min_keep,
+        max_keep,
+        block_size,
+        probe_tokens,
+        seed,
+        when,
+        min_tokens,
+        site,
+    )
+    return torch.ops.blade.block_sparse_attention.default(  # type: ignore[no-any-return]
+        q, k, v, num, idx, key_mask, scale, block_size, when, site
+    )[0]
+
+
+library.impl("sparse_sdpa", _sparse_sdpa, "CompositeImplicitAutograd")
+
+
+# --- autocast: like F.scaled_dot_product_attention, run in the autocast dtype -------------------------------------------
+
+
+def _autocast(op: Any, device: str, num_tensors: int) -> Any:
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device)
+        cast = lambda x: x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x  # noqa: E731
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return op(*(cast(x) for x in args[:num_tensors]), *args[num_tensors:], **kwargs)
+
+    return run
+
+
+for _device in ("cpu", "cuda"):
+    for _name, _count in (("sparse_sdpa", 3), ("mask_predict", 2), ("block_sparse_attention", 3)):
+        _op = getattr(torch.ops.blade, _name).default
+        library.impl(_name, _autocast(_op, _device, _count), f"Autocast{_device.upper()}")
