@@ -53,10 +53,10 @@ class Buffer {
 // Tasks are handed out one by one from a counter because rows of a sparse mask differ in length and torch splits
 // ranges statically. Which thread runs a task must not change what it computes: a task owns all it writes.
 template <class Task>
-int32_t run_tasks(blade_parallel_for_t parallel_for, int64_t count, int64_t scratch_floats, const Task& task) {
+Status run_tasks(blade_parallel_for_t parallel_for, int64_t count, int64_t scratch_floats, const Task& task) {
   struct Shared {
     std::atomic<int64_t> next{0};
-    std::atomic<int32_t> status{kOk};
+    std::atomic<Status> status{kOk};
     int64_t count, scratch_floats;
     const Task& task;
   } shared{{0}, {kOk}, count, scratch_floats, task};
