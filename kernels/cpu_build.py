@@ -33,9 +33,10 @@ logger = logging.getLogger("blade_compile")
 SOURCE_DIR = Path(__file__).parent
 UNITS = ("cpu_forward.cpp", "cpu_backward.cpp", "cpu_probe.cpp")
 BUILD_SECONDS = 600  # a build takes seconds; a compiler that hangs must not hang the user's program
+# Words of tensors are read as floats, bf16 pairs and integers: aliasing by type would be wrong.
 COMMON_FLAGS = (
     "-O3 -std=c++17 -fPIC -shared -ffp-contract=fast -fno-math-errno -fno-trapping-math "
-    "-Wno-psabi -Wno-ignored-attributes"
+    "-fno-strict-aliasing -Wno-psabi -Wno-ignored-attributes"
 ).split()
 _AVX2 = "-mavx2 -mfma -mf16c"
 _AVX512 = f"{_AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512"
