@@ -88,6 +88,12 @@ def load(isa: str | None = None) -> ctypes.CDLL | None:
         return _loaded[isa]
 
 
+def loaded_isa() -> str | None:
+    """The instruction set of ``load()``'s library, None where there is none."""
+    library = load()
+    return None if library is None else str(library.blade_isa)
+
+
 def parallel_for() -> int | None:
     """Address of libtorch's stable ``torch_parallel_for`` (torch 2.10 or newer), None where it isn't exported.
 
@@ -143,7 +149,9 @@ def _load_first(isas: list[str] | tuple[str, ...]) -> ctypes.CDLL:
     compiler = _find_compiler()
     for isa in isas:
         try:
-            return _load_isa(compiler, isa)
+            library = _load_isa(compiler, isa)
+            library.blade_isa = isa  # type: ignore[attr-defined]  # a note on the Python object, read by loaded_isa
+            return library
         except BuildError:
             if isa == isas[-1]:
                 raise
