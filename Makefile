@@ -33,9 +33,10 @@ lint: $(STAMP)  ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: $(STAMP)  ## rewrite the files as ruff wants them
+format: $(STAMP)  ## rewrite the files as ruff wants them, and the file tables of the READMEs
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/python scripts/folder_tables.py
 
 types: $(STAMP)  ## mypy, on the wheel: it does not follow the package's __path__ in a checkout
 	$(BIN)/python scripts/install_wheel.py $(TYPES)
