@@ -43,14 +43,23 @@ BLADE_INLINE Vec origin(Vec top) { return top == -kInf ? Vec{} : top; }
 // One block's scores [rows][LANES] (log2 units) into the running maximum `top` and sum `sum` of each lane; its own
 // maxima into `cell`. A NaN score makes `sum` NaN for good; the maxima may forget it.
 BLADE_INLINE void update_softmax(const float* scores, int64_t rows, float* top, float* sum, float* cell) {
-  for (int n = 0; n < LANES; n += kWidth) {
-    Vec best = broadcast(-kInf), total{};
-    for (int64_t r = 0; r < rows; r++) best = max(best, load(scores + r * LANES + n));
-    const Vec old = load(top + n), now = max(old, best), from = origin(now);
-    for (int64_t r = 0; r < rows; r++) total += exp2<true>(load(scores + r * LANES + n) - from);
-    store(sum + n, load(sum + n) * exp2<true>(old - from) + total);
-    store(top + n, now);
-    store(cell + n, best);
+  constexpr int N = group<LANES>();  // independent chains, to hide latencies
+  for (int lane = 0; lane < LANES; lane += N * kWidth) {
+    Vec best[N], total[N], from[N];
+    for (Vec& x : best) x = broadcast(-kInf);
+    for (int64_t r = 0; r < rows; r++)
+      for (int n = 0; n < N; n++) best[n] = max(best[n], load(scores + r * LANES + lane + n * kWidth));
+    for (int n = 0; n < N; n++) {
+      const int i = lane + n * kWidth;
+      const Vec old = load(top + i), now = max(old, best[n]);
+      from[n] = origin(now);
+      total[n] = load(sum + i) * exp2<true>(old - from[n]);
+      store(top + i, now);
+      store(cell + i, best[n]);
+    }
+    for (int64_t r = 0; r < rows; r++)
+      for (int n = 0; n < N; n++) total[n] += exp2<true>(load(scores + r * LANES + lane + n * kWidth) - from[n]);
+    for (int n = 0; n < N; n++) store(sum + lane + n * kWidth, total[n]);
   }
 }
 
