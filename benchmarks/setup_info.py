@@ -1,0 +1,91 @@
+"""What a measurement was made on: a figure without this line means nothing."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from blade_compile.kernels import cpu_build
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "triton", "diffusers")
+
+
+def collect() -> dict[str, str]:
+    """Processor, instruction set, cores, threads, GPU, versions, commit and date."""
+    return {
+        "cpu": cpu_name(),
+        "isa": cpu_build.loaded_isa() or "none (ATen)",
+        "cores": str(usable_cores()),
+        "threads": str(torch.get_num_threads()),
+        "load": _load(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "python": platform.python_version(),
+        **{name: _version(name) for name in PACKAGES},
+        "compiler": _compiler(),
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+    }
+
+
+def lines(info: dict[str, str]) -> list[str]:
+    """The setup as the first lines of a report."""
+    gpu = f", GPU {info['gpu']}" if info["gpu"] != "none" else ""
+    return [
+        f"{info['cpu']} ({info['isa']}), {info['threads']} of {info['cores']} cores, load before {info['load']}{gpu}",
+        f"torch {info['torch']}, triton {info['triton']}, diffusers {info['diffusers']}, Python {info['python']}, "
+        f"{info['compiler']}",
+        f"commit {info['commit']}, {info['date']}",
+    ]
+
+
+def cpu_name() -> str:
+    """The processor as it names itself, with family and model: cloud machines hide the rest."""
+    fields: dict[str, str] = {}
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            key, _, value = line.partition(":")
+            fields.setdefault(key.strip(), value.strip())
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" in fields:
+        name += f" family {fields['cpu family']} model {fields.get('model', '?')}"
+    return name
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _load() -> str:
+    """The one-minute load average: above one before a run starts, the machine was not quiet."""
+    return f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def _compiler() -> str:
+    try:
+        command = cpu_build._find_compiler()
+    except cpu_build.BuildError:
+        return "no C++ compiler"
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
+    return (done.stdout.splitlines() or ["unknown compiler"])[0]
+
+
+def _commit() -> str:
+    """Short hash of the checkout, with ``+`` where files differ from it."""
+    done = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
