@@ -9,6 +9,7 @@ user's process, so all ranks of a job agree.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -74,9 +75,16 @@ def table() -> dict[str, Any]:
     return shipped
 
 
+@functools.cache
+def table_hash() -> str:
+    """Identifies the constants in use: compile-time decisions hang on them."""
+    return hashlib.sha256(json.dumps(table(), sort_keys=True).encode()).hexdigest()
+
+
 def seconds(family: str, dtype: str, what: str, **sizes: float) -> float:
     """Predicted seconds on one core of ``what`` (a key of `expressions`) for a device family and dtype name."""
-    constants = table()[family]["constants"][dtype]
+    entry = table()[family]["constants"]
+    constants = entry.get(dtype) or entry["float32"]
     values = [sizes.get(name, 0.0) for name in NAMES]
     return _compiled()[what](*values, *(constants[name] for name in CONSTANTS)) * 1e-12
 

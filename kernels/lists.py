@@ -27,8 +27,13 @@ def full_lists(B: int, H: int, nQ: int, nK: int, device: torch.device) -> tuple[
 
 
 def forced_blocks(ranges: list[int], num_tokens: int, block_size: int, device: torch.device) -> Tensor | None:
-    """Blocks that hold a token of the flat (start, length, start, length, ...) ranges: bool [nB], None if there are none."""
-    spans = [(s, n) for s, n in zip(ranges[::2], ranges[1::2], strict=True) if n > 0]
+    """Blocks that hold a token of the flat (start, length, start, length, ...) ranges: bool [nB], None if there are none.
+
+    A negative start counts from the end; what lies outside the tokens is cut off.
+    """
+    begins = [start if start >= 0 else start + num_tokens for start in ranges[::2]]
+    spans = [(max(s, 0), min(s + n, num_tokens) - max(s, 0)) for s, n in zip(begins, ranges[1::2], strict=True)]
+    spans = [(s, n) for s, n in spans if n > 0]
     if not spans:
         return None
     forced = torch.zeros(-(-num_tokens // block_size), dtype=torch.bool, device=device)

@@ -1,0 +1,99 @@
+"""Which of the sites that can be rewritten are: the settings, the shapes and the cost model decide."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from blade_compile.kernels import cost, dispatch, reference
+
+from .find_attention import AttentionSite
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the passes need to know of the user's options (contract: ``BladeConfig``), as plain values."""
+
+    policy: str = "asa"
+    sparsity: float | None = None
+    tau: float = 0.95
+    min_keep: float = 0.05
+    max_keep: float = 1.0
+    block_size: int = 128
+    probe_tokens: int = 16
+    seed: int = 0
+    protect: str | tuple[tuple[int, int], ...] = "auto"
+    when: str = "auto"
+    min_tokens: int = 2048
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def op_kwargs(self, site: AttentionSite) -> dict[str, Any]:
+        """Arguments of ``blade::sparse_sdpa`` beside the tensors and the scale."""
+        if isinstance(self.protect, str):
+            protect_q, protect_k = _flat(site.protect_q), _flat(site.protect_k)
+        else:
+            protect_q = protect_k = _flat(self.protect)
+        return {
+            "protect_q": protect_q,
+            "protect_k": protect_k,
+            "policy": self.policy,
+            "sparsity": self.sparsity,
+            "tau": self.tau,
+            "min_keep": self.min_keep,
+            "max_keep": self.max_keep,
+            "block_size": self.block_size,
+            "probe_tokens": self.probe_tokens,
+            "seed": self.seed,
+            "when": self.when,
+            "min_tokens": self.min_tokens,
+            "site": site.name,
+        }
+
+
+def _flat(ranges: Any) -> list[Any]:
+    return [number for start, length in ranges for number in (start, length)]
+
+
+def decide_site(site: AttentionSite, settings: Settings) -> None:
+    """Refuse a site for the settings' sake, or accept it: sets its code and reason."""
+    if site.code_refuses:
+        return None
+    if settings.when == "never" or settings.policy == "dense":
+        return site.refuse("off", f"when={settings.when!r}, policy={settings.policy!r}")
+    if _matches(site.name, settings.exclude):
+        return site.refuse("excluded", "the path matches `exclude`")
+    if settings.include and not _matches(site.name, settings.include):
+        return site.refuse("excluded", "the path matches no pattern of `include`")
+    if settings.when == "auto":
+        if statically_known_true(settings.min_tokens > site.T):
+            return site.refuse("too-short", f"{site.T} key tokens, fewer than min_tokens={settings.min_tokens}")
+        if _never_gains(site, settings):
+            return site.refuse("no-gain", f"dense is predicted to be as fast at {site.S} x {site.T} tokens")
+    site.accept()
+    return None
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    plain = name.split("#", maxsplit=1)[0]
+    return any(fnmatchcase(plain, p) or fnmatchcase(plain, f"*.{p}") for p in patterns)
+
+
+def _never_gains(site: AttentionSite, settings: Settings) -> bool:
+    """Whether, at these static sizes, SDPA is predicted fastest. With symbolic sizes the operator decides as it runs."""
+    sizes = (site.B, site.H, site.S, site.T, site.D)
+    if not all(type(size) is int for size in sizes):
+        return False
+    nK = -(-site.T // settings.block_size)
+    if settings.sparsity is not None:
+        kept = reference.keep_count(1 - settings.sparsity, nK) / nK
+    else:
+        kept = reference.keep_count(settings.min_keep, nK) / nK
+    device = site.device if isinstance(site.device, torch.device) else torch.device(site.device)
+    dtype = str(site.dtype).removeprefix("torch.")
+    choice = cost.choose(dispatch.family(device, site.dtype), dtype, (*sizes, settings.block_size), settings.probe_tokens, kept)
+    return choice == "sdpa"
