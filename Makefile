@@ -1,4 +1,4 @@
-# Every target does its own set-up. Needed beforehand: Python 3.10 to 3.13 and a C++ compiler, nothing else.
+# Every target does its own set-up. Needed beforehand: Python 3.11 to 3.13 and a C++ compiler, nothing else.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -54,7 +54,7 @@ offline: $(STAMP)  ## every Triton kernel compiled for every chip: not part of t
 	@exit 1
 
 bench: $(STAMP)  ## measure attention on this machine; writes benchmarks/results
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.cpu_attention
 
 clean:  ## remove caches and build output, but not .venv
 	rm -rf .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis torch_compile_debug

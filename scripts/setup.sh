@@ -7,10 +7,11 @@ python=${PYTHON:-python3}
 
 fail() { printf 'set-up stopped: %s\n' "$*" >&2; exit 1; }
 
-command -v "$python" >/dev/null || fail "no '$python' on the path; install Python 3.10 to 3.13, or name one: make PYTHON=python3.11 ..."
+command -v "$python" >/dev/null || fail "no '$python' on the path; install Python 3.11 to 3.13, or name one: make PYTHON=python3.11 ..."
 found=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-"$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' ||
-    fail "'$python' is Python $found, and blade needs 3.10 to 3.13; name another one: make PYTHON=python3.11 ..."
+# blade itself runs on 3.10 too; the pinned diffusers, transformers and numpy don't.
+"$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' ||
+    fail "'$python' is Python $found, and this set-up needs 3.11 to 3.13; name another one: make PYTHON=python3.11 ..."
 compiler=${CXX:-}
 for name in ${compiler:-c++ g++ clang++}; do
     if command -v "$name" >/dev/null; then compiler=$name; break; fi
