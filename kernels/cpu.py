@@ -185,4 +185,4 @@ def _call(name: str, problem: _Problem, arguments: tuple[_Tensor | int | None, .
             f"kv_indices holds {bad.value} at {where}; valid are 0 to {problem.lists.key_blocks - 1}, "
             f"because {problem.keys} key tokens make {problem.lists.key_blocks} blocks of {problem.block}."
         )
-    raise ValueError(f"block_size is {problem.block}; the CPU kernel takes multiples of 16.")
+    raise ValueError(f"block_size is {problem.block}; valid are 16, 32, 64 and 128.")

@@ -45,6 +45,8 @@ struct BadEntry {
 
 namespace {
 
+constexpr int kMaxTiles = 2;  // of 64 lanes in a block of 128; smaller blocks are one tile
+
 // Lists are read before anything is computed: a bad one can neither reach out of bounds nor cost a wrong result.
 inline Status check_lists(const Problem& p, BadEntry* bad) {
   const Lists& lists = p.lists;
@@ -89,21 +91,23 @@ struct Rows {
   BLADE_INLINE const uint32_t* at(int64_t b, int64_t h, int64_t row) const {
     return data + b * stride[0] + h * stride[1] + row * stride[2];
   }
+  Rows view() const { return Rows{data, {stride[0], stride[1], stride[2]}, Buffer(0)}; }  // must not outlive this
 };
 
-constexpr int64_t kCopyRows = 256;  // rows per task when copying
+constexpr int64_t kCopyRows = 64;  // rows of every head per task when copying
 
-// fill(b, h, row, out) writes each row of a new contiguous operand.
+// fill(b, h, row, out) writes each row of a new contiguous operand. Heads are the inner loop because projections lay
+// tensors out as [batch, tokens, heads, dim]: memory is then read in order.
 template <class Fill>
 Rows build_rows(int64_t batch, int64_t heads, int64_t rows, int64_t words_per_row, blade_parallel_for_t parallel_for,
                 const Fill& fill) {
   Buffer copy(batch * heads * rows * words_per_row);
   uint32_t* data = copy.words();
   const int64_t parts = (rows + kCopyRows - 1) / kCopyRows;
-  run_tasks(parallel_for, batch * heads * parts, 0, [&](int64_t task, float*) {
-    const int64_t head = task / parts, first = task % parts * kCopyRows, end = std::min(rows, first + kCopyRows);
+  run_tasks(parallel_for, batch * parts, 0, [&](int64_t task, float*) {
+    const int64_t b = task / parts, first = task % parts * kCopyRows, end = std::min(rows, first + kCopyRows);
     for (int64_t row = first; row < end; row++)
-      fill(head / heads, head % heads, row, data + (head * rows + row) * words_per_row);
+      for (int64_t h = 0; h < heads; h++) fill(b, h, row, data + ((b * heads + h) * rows + row) * words_per_row);
   });
   return Rows{data, {heads * rows * words_per_row, rows * words_per_row, words_per_row}, std::move(copy)};
 }
@@ -155,15 +159,15 @@ inline void store_lanes(float* lanes, const float* factor, const Tensor& t, DTyp
   for (int64_t r = 0; r < rows; r++) from_float(staging + r * padded, type, dim, t.at(type, b, h, row0 + r));
 }
 
-// Calls kernel(pairs, lanes) with both as integral constants: the widest tile that divides the block.
+// Calls kernel(pairs, lanes) with both as integral constants.
 template <class Kernel>
 Status dispatch(const Problem& p, const Kernel& kernel) {
   auto with_lanes = [&](auto pairs) {
-    if (p.block % 64 == 0) return kernel(pairs, std::integral_constant<int, 64>{});
-    if (p.block % 32 == 0) return kernel(pairs, std::integral_constant<int, 32>{});
-    return kernel(pairs, std::integral_constant<int, 16>{});
+    if (p.block == 16) return kernel(pairs, std::integral_constant<int, 16>{});
+    if (p.block == 32) return kernel(pairs, std::integral_constant<int, 32>{});
+    return kernel(pairs, std::integral_constant<int, 64>{});
   };
-  if (p.block <= 0 || p.block % 16 || p.kv_heads <= 0 || p.heads % p.kv_heads || p.dim <= 0) return kBadArgument;
+  if (p.block != 16 && p.block != 32 && p.block != 64 && p.block != 128) return kBadArgument;
   try {
 #if defined(BLADE_PAIRS)
     if (p.type() == kBFloat16) return with_lanes(std::true_type{});
