@@ -63,12 +63,12 @@ def decide_site(site: AttentionSite, settings: Settings) -> None:
     """Refuse a site for the settings' sake, or accept it: sets its code and reason."""
     if site.code_refuses:
         return None
-    if settings.when == "never" or settings.policy == "dense":
-        return site.refuse("off", f"when={settings.when!r}, policy={settings.policy!r}")
-    if _matches(site.name, settings.exclude):
-        return site.refuse("excluded", "the path matches `exclude`")
-    if settings.include and not _matches(site.name, settings.include):
-        return site.refuse("excluded", "the path matches no pattern of `include`")
+    if settings.when == "never":
+        return site.refuse("never")
+    if settings.policy == "dense":
+        return site.refuse("policy", "policy='dense' keeps every attention dense")
+    if _matches(site.name, settings.exclude) or (settings.include and not _matches(site.name, settings.include)):
+        return site.refuse("excluded")
     if settings.when == "auto":
         if statically_known_true(settings.min_tokens > site.T):
             return site.refuse("too-short", f"{site.T} key tokens, fewer than min_tokens={settings.min_tokens}")
