@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import os
 import platform
 import subprocess
@@ -30,17 +30,17 @@ def collect() -> dict[str, str]:
         **{name: _version(name) for name in PACKAGES},
         "compiler": _compiler(),
         "commit": _commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "date": dt.datetime.now(dt.timezone.utc).strftime("%Y-%m-%d"),
     }
 
 
 def lines(info: dict[str, str]) -> list[str]:
     """The setup as the first lines of a report."""
+    versions = ", ".join(f"{name} {info[name]}" for name in PACKAGES)
     gpu = f", GPU {info['gpu']}" if info["gpu"] != "none" else ""
     return [
         f"{info['cpu']} ({info['isa']}), {info['threads']} of {info['cores']} cores, load before {info['load']}{gpu}",
-        f"torch {info['torch']}, triton {info['triton']}, diffusers {info['diffusers']}, Python {info['python']}, "
-        f"{info['compiler']}",
+        f"{versions}, Python {info['python']}, {info['compiler']}",
         f"commit {info['commit']}, {info['date']}",
     ]
 
@@ -87,5 +87,7 @@ def _compiler() -> str:
 
 def _commit() -> str:
     """Short hash of the checkout, with ``+`` where files differ from it."""
-    done = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     return done.stdout.strip() or "unknown"

@@ -27,6 +27,7 @@ class Timing:
 
     @property
     def median(self) -> float:
+        """The 50th percentile."""
         return statistics.median(self.samples)
 
     @property
