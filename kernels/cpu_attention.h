@@ -71,8 +71,10 @@ inline Status check_lists(const Problem& p, BadEntry* bad) {
   return kOk;
 }
 
-// Key biases of tokens token0 .. token0+count, in log2 units.
-inline void load_bias(const Problem& p, int64_t b, int64_t h, int64_t token0, int64_t count, float* out) {
+// Key biases of tokens token0 .. token0+count in log2 units (0 without a bias); -inf from there to out[padded].
+inline void load_bias(const Problem& p, int64_t b, int64_t h, int64_t token0, int64_t count, int64_t padded, float* out) {
+  std::fill(out + count, out + padded, -kInf);
+  if (!p.bias) return std::fill(out, out + count, 0.f);
   const float* source = p.bias + b * p.bias_stride[0] + h * p.bias_stride[1] + token0 * p.bias_stride[2];
   for (int64_t i = 0; i < count; i++) {
     const float bias = source[i * p.bias_stride[2]];
@@ -147,7 +149,7 @@ Rows summed_rows(const Tensor& t, DType type, int64_t batch, int64_t heads, int6
 // Accumulated lanes [dim][LANES], times factor[lane], to rows of a tensor with last stride 1. Scratch: staging is
 // LANES x round_up(dim, 16); lanes has round_up(dim, 16) rows. Lanes whose factor is 0 give 0, whatever they hold.
 template <int LANES>
-inline void store_lanes(float* lanes, const float* factor, const Tensor& t, DType type, int64_t b, int64_t h,
+inline __attribute__((noinline)) void store_lanes(float* lanes, const float* factor, const Tensor& t, DType type, int64_t b, int64_t h,
                         int64_t row0, int64_t rows, int64_t dim, float* staging) {
   const int64_t padded = round_up(dim, 16);
   for (int64_t d = 0; d < dim; d++)

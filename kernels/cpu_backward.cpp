@@ -83,30 +83,28 @@ struct StoreWeights {
       if constexpr (Pairs)
         if (paired)
           for (int r = 0; r < R; r += 2)
-            store(paired + (row + r) / 2 * LANES + at, interleave_bf16(acc[r][n], r + 1 < R ? acc[(r + 1) % R][n] : Vec{}));
+            store(paired + (row + r) / 2 * LANES + at, interleave_bf16(acc[r][n], acc[r + 1][n]));
     }
   }
 };
 
 // dP -> dS = P * (dP - delta) in place of P, as rows of words. (Row j/2 of pairs is written after rows j and j+1 of P
-// were read.) delta belongs to queries: to the lanes in pass 1, to the rows in pass 2.
-template <bool Pairs, int LANES, bool LanesAreQueries>
+// were read.) delta = row_delta + lane_delta, one of them zero: it belongs to the queries.
+template <bool Pairs, int LANES>
 struct StoreScoreGradients {
   float* weights;
-  const float* delta;
+  const float *row_delta, *lane_delta;
 
   template <int R, int N>
   BLADE_INLINE void operator()(int row, int lane, Vec (&acc)[R][N]) const {
     for (int n = 0; n < N; n++) {
       const int at = lane + n * kWidth;
-      for (int r = 0; r < R; r++) {
-        const Vec d = LanesAreQueries ? load(delta + at) : broadcast(delta[row + r]);
-        acc[r][n] = load(weights + (row + r) * LANES + at) * (acc[r][n] - d);
-      }
-      for (int r = 0; r < R; r += 1 + Pairs) {
-        const Vec odd = Pairs && r + 1 < R ? acc[(r + 1) % R][n] : Vec{};
-        store(weights + words<Pairs>(row + r) * LANES + at, Pairs ? interleave_bf16(acc[r][n], odd) : acc[r][n]);
-      }
+      const Vec delta = load(lane_delta + at);
+      for (int r = 0; r < R; r++)
+        acc[r][n] = load(weights + (row + r) * LANES + at) * (acc[r][n] - (delta + row_delta[row + r]));
+      for (int r = 0; r < R; r += 1 + Pairs)
+        store(weights + words<Pairs>(row + r) * LANES + at,
+              Pairs ? interleave_bf16(acc[r][n], acc[r + Pairs][n]) : acc[r][n]);
     }
   }
 };
@@ -195,7 +193,7 @@ struct QueryGradients {  // pass 1: one task per (batch, head, query block)
   };
   struct Scratch {
     Tile tile[kMaxTiles];
-    float *weights, *staging, *bias;
+    float *weights, *staging, *bias, *zero;
   };
   int64_t layout(float* start, Scratch* s) const {
     const Problem& p = in.p;
@@ -206,6 +204,7 @@ struct QueryGradients {  // pass 1: one task per (batch, head, query block)
     s->weights = arena.take(p.block * LANES);
     s->staging = arena.take(wide);
     s->bias = arena.take(p.block);
+    s->zero = arena.take(p.block);
     return arena.used;
   }
 
@@ -230,18 +229,18 @@ struct QueryGradients {  // pass 1: one task per (batch, head, query block)
         t.delta[r] = r < rows ? in.delta.floats()[at + r] : 0.f;
       }
     }
-    std::fill(s.bias, s.bias + p.block, 0.f);
+    std::fill(s.zero, s.zero + p.block, 0.f);
     const int32_t* entries = p.lists.entries(b, h, row);
     for (int i = 0, size = p.lists.size(b, h, row); i < size; i++) {
       const int64_t key0 = entries[i] * p.block;
       const int keys = (int)p.keys_in(entries[i]);
-      if (p.bias) load_bias(p, b, h, key0, keys, s.bias);
+      load_bias(p, b, h, key0, keys, p.block, s.bias);
       for (int u = 0; u < tiles; u++) {
         const Tile& t = s.tile[u];
         product<Pairs, LANES>(keys, in.k_rows.at(b, kv, key0), in.k_rows.stride[2], 1, depth, t.q,
                               StoreWeights<Pairs, LANES>{s.weights, nullptr, c, s.bias, t.minus_lse});
         product<Pairs, LANES>(keys, in.v_rows.at(b, kv, key0), in.v_rows.stride[2], 1, depth, t.grad,
-                              StoreScoreGradients<Pairs, LANES, true>{s.weights, t.delta});
+                              StoreScoreGradients<Pairs, LANES>{s.weights, s.zero, t.delta});
         product<Pairs, LANES>((int)p.dim, in.k_sums.at(b, kv, Pairs ? key0 / 2 : key0), 1, in.k_sums.stride[2],
                               words<Pairs>(keys), s.weights, Add<LANES>{t.dq});
       }
@@ -264,7 +263,7 @@ struct KeyGradients {  // pass 2: one task per (batch, key head, key block), sum
   };
   struct Scratch {
     Tile tile[kMaxTiles];
-    float *weights, *paired, *staging;
+    float *weights, *paired, *staging, *minus_lse, *delta, *zero;
   };
   int64_t layout(float* start, Scratch* s) const {
     const Problem& p = in.p;
@@ -275,6 +274,9 @@ struct KeyGradients {  // pass 2: one task per (batch, key head, key block), sum
     s->weights = arena.take(p.block * LANES);
     s->paired = arena.take(Pairs ? p.block * LANES / 2 : 0);
     s->staging = arena.take(wide);
+    s->minus_lse = arena.take(p.block);
+    s->delta = arena.take(p.block);
+    s->zero = arena.take(LANES);
     return arena.used;
   }
 
@@ -292,13 +294,14 @@ struct KeyGradients {  // pass 2: one task per (batch, key head, key block), sum
       pack_lanes<Pairs, LANES>(p.v, p.type(), b, kv, first + u * LANES, rows_of(u), p.dim, s.staging, t.v);
       std::fill(t.dk, t.dk + LANES * round_up(p.dim, 16), 0.f);
       std::fill(t.dv, t.dv + LANES * round_up(p.dim, 16), 0.f);
-      std::fill(t.bias, t.bias + LANES, 0.f);
     }
+    std::fill(s.zero, s.zero + LANES, 0.f);
     for (int64_t h = kv * group; h < (kv + 1) * group; h++) {
-      if (p.bias)
-        for (int u = 0; u < tiles; u++) load_bias(p, b, h, first + u * LANES, rows_of(u), s.tile[u].bias);
-      for (const int32_t* row = lists.begin(b, h, block); row < lists.end(b, h, block); row++)
+      for (int u = 0; u < tiles; u++) load_bias(p, b, h, first + u * LANES, rows_of(u), LANES, s.tile[u].bias);
+      for (const int32_t* row = lists.begin(b, h, block); row < lists.end(b, h, block); row++) {
+        load_row_terms(s, b, h, *row);
         for (int u = 0; u < tiles; u++) add_queries(s, s.tile[u], b, h, *row);
+      }
     }
     for (int u = 0; u < tiles; u++) {
       const int64_t row0 = first + u * LANES;
@@ -309,18 +312,27 @@ struct KeyGradients {  // pass 2: one task per (batch, key head, key block), sum
     }
   }
 
-  // What one query block adds to one tile. Lanes past the last key hold numbers that are never stored.
+  // The terms of a query block's rows, padded so that rows past the last query get weights of 0.
+  void load_row_terms(const Scratch& s, int64_t b, int64_t h, int64_t block) const {
+    const int64_t queries = in.p.queries_in(block), at = (b * in.p.heads + h) * in.p.queries + block * in.p.block;
+    std::copy_n(in.minus_lse.floats() + at, queries, s.minus_lse);
+    std::copy_n(in.delta.floats() + at, queries, s.delta);
+    std::fill(s.minus_lse + queries, s.minus_lse + in.p.block, -kInf);
+    std::fill(s.delta + queries, s.delta + in.p.block, 0.f);
+  }
+
+  // What one query block adds to one tile.
   BLADE_INLINE void add_queries(const Scratch& s, const Tile& t, int64_t b, int64_t h, int64_t block) const {
     const Problem& p = in.p;
-    const int64_t query0 = block * p.block, at = (b * p.heads + h) * p.queries + query0, pair0 = Pairs ? query0 / 2 : query0;
+    const int64_t query0 = block * p.block, pair0 = Pairs ? query0 / 2 : query0;
     const int queries = (int)p.queries_in(block);
     const int64_t depth = words<Pairs>(p.dim), summed = words<Pairs>(queries);
     product<Pairs, LANES>(queries, in.q_rows.at(b, h, query0), in.q_rows.stride[2], 1, depth, t.k,
-                          StoreWeights<Pairs, LANES>{s.weights, s.paired, p.scale * kLog2e, in.minus_lse.floats() + at, t.bias});
+                          StoreWeights<Pairs, LANES>{s.weights, s.paired, p.scale * kLog2e, s.minus_lse, t.bias});
     product<Pairs, LANES>((int)p.dim, in.grad_sums.at(b, h, pair0), 1, in.grad_sums.stride[2], summed,
                           Pairs ? s.paired : s.weights, Add<LANES>{t.dv});
     product<Pairs, LANES>(queries, in.grad_rows.at(b, h, query0), in.grad_rows.stride[2], 1, depth, t.v,
-                          StoreScoreGradients<Pairs, LANES, false>{s.weights, in.delta.floats() + at});
+                          StoreScoreGradients<Pairs, LANES>{s.weights, s.delta, s.zero});
     product<Pairs, LANES>((int)p.dim, in.q_sums.at(b, h, pair0), 1, in.q_sums.stride[2], summed, s.weights, Add<LANES>{t.dk});
   }
 };

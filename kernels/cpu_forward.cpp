@@ -125,8 +125,7 @@ struct Forward {
     for (int i = 0, size = p.lists.size(b, h, row); i < size; i++) {
       const int64_t key0 = entries[i] * p.block;
       const int count = (int)p.keys_in(entries[i]);
-      if (p.bias) load_bias(p, b, h, key0, count, bias);
-      else std::fill(bias, bias + count, 0.f);
+      load_bias(p, b, h, key0, count, p.block, bias);
       for (int u = 0; u < tiles; u++)
         attend(tile(u), keys.at(b, p.kv_head(h), key0), values.at(b, p.kv_head(h), Pairs ? key0 / 2 : key0), count,
                scores, block_top, rescale, bias);

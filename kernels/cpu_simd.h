@@ -13,7 +13,6 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <type_traits>
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
@@ -127,7 +126,7 @@ inline uint16_t float_to_half(float f) {  // nearest even
 #endif
 
 // count elements (element stride `stride`) -> dense fp32
-inline void to_float(const void* source, DType type, int64_t stride, int64_t count, float* out) {
+inline __attribute__((noinline)) void to_float(const void* source, DType type, int64_t stride, int64_t count, float* out) {
   const uint16_t* halves = (const uint16_t*)source;
   if (type == kFloat32) {
     const float* floats = (const float*)source;
@@ -147,7 +146,7 @@ inline void to_float(const void* source, DType type, int64_t stride, int64_t cou
 }
 
 // dense fp32 -> count contiguous elements
-inline void from_float(const float* source, DType type, int64_t count, void* out) {
+inline __attribute__((noinline)) void from_float(const float* source, DType type, int64_t count, void* out) {
   uint16_t* halves = (uint16_t*)out;
   if (type == kFloat32) {
     memcpy(out, source, count * 4);
@@ -239,7 +238,7 @@ BLADE_INLINE void transpose16(__m512i r[16]) {
 
 // out[j * out_stride + i] = in[i * in_stride + j] for i < rows, j < columns; both must be multiples of 16 and the
 // arrays 64-byte aligned scratch with strides that are multiples of 16 (callers pad).
-inline void transpose(const float* in, int64_t in_stride, int rows, int columns, float* out, int64_t out_stride) {
+inline __attribute__((noinline)) void transpose(const float* in, int64_t in_stride, int rows, int columns, float* out, int64_t out_stride) {
 #if defined(BLADE_AVX512)
   for (int i = 0; i < rows; i += 16)
     for (int j = 0; j < columns; j += 16) {
@@ -263,10 +262,10 @@ constexpr int group() { return LANES / kWidth < kGroup ? LANES / kWidth : kGroup
 template <int LANES>
 constexpr int panel_rows() { return group<LANES>() == kGroup ? 6 : 12; }
 
-// acc[r][n] += sum_k a[r * row_stride + k * k_stride] * b[k][n]; a counts words, b is [depth][LANES].
+// acc[r][n] += sum_k a[r][k * k_stride] * b[k][n]; a counts words, b is [depth][LANES].
 template <bool Pairs, int LANES, int R, int N>
-BLADE_INLINE void accumulate(const uint32_t* __restrict__ a, int64_t row_stride, int64_t k_stride, int64_t depth,
-                             const float* __restrict__ b, Vec (&acc)[R][N]) {
+BLADE_INLINE void accumulate(const uint32_t* const (&a)[R], int64_t k_stride, int64_t depth, const float* __restrict__ b,
+                             Vec (&acc)[R][N]) {
   auto step = [&](int64_t k) __attribute__((always_inline)) {
     Vec lanes[N];
 #pragma GCC unroll 8
@@ -274,45 +273,44 @@ BLADE_INLINE void accumulate(const uint32_t* __restrict__ a, int64_t row_stride,
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-      for (int n = 0; n < N; n++) acc[r][n] = multiply_add<Pairs>(acc[r][n], a + r * row_stride + k * k_stride, lanes[n]);
+      for (int n = 0; n < N; n++) acc[r][n] = multiply_add<Pairs>(acc[r][n], a[r] + k * k_stride, lanes[n]);
   };
   int64_t k = 0;
 #pragma GCC unroll 1
-  for (; k + 4 <= depth; k += 4)
-#pragma GCC unroll 4
-    for (int u = 0; u < 4; u++) step(k + u);
-#pragma GCC unroll 1
-  for (; k < depth; k++) step(k);
+  for (; k + 2 <= depth; k += 2) {
+    step(k);
+    step(k + 1);
+  }
+  if (k < depth) step(k);
 }
 
 // One register tile, and what to do with it: epilogue(row, lane, acc) gets R rows x N vectors while they are still in
 // registers. Not inlined: each instance then has the whole register file for its accumulators.
 template <bool Pairs, int LANES, int R, class Epilogue>
-__attribute__((noinline)) void panel(int row, const uint32_t* a, int64_t row_stride, int64_t k_stride, int64_t depth,
-                                     const float* b, const Epilogue& epilogue) {
+__attribute__((noinline)) void panel(int row, int rows, const uint32_t* a, int64_t row_stride, int64_t k_stride,
+                                     int64_t depth, const float* b, const Epilogue& epilogue) {
   constexpr int N = group<LANES>();
+  const uint32_t* in[R];
+  for (int r = 0; r < R; r++) in[r] = a + (row + r < rows ? row + r : rows - 1) * row_stride;
   for (int lane = 0; lane < LANES; lane += N * kWidth) {
     Vec acc[R][N] = {};
-    accumulate<Pairs, LANES>(a + row * row_stride, row_stride, k_stride, depth, b + lane, acc);
+    accumulate<Pairs, LANES>(in, k_stride, depth, b + lane, acc);
     epilogue(row, lane, acc);
   }
 }
 
-// product[r][lane] for r < rows, in panels; every panel starts at an even row (epilogues may pair rows up).
+// product[r][lane] = sum_k a[r * row_stride + k * k_stride] * b[k][lane] for r < rows. Panels start at even rows
+// (epilogues may pair rows up). The last one may go up to three rows further, which repeat the last row of `a`:
+// epilogues must have room for them. Only these two heights, because each costs compile time in every kernel.
 template <bool Pairs, int LANES, class Epilogue>
 BLADE_INLINE void product(int rows, const uint32_t* a, int64_t row_stride, int64_t k_stride, int64_t depth,
                           const float* b, const Epilogue& epilogue) {
   constexpr int R = panel_rows<LANES>();
-  int row = 0;
-  auto panels = [&](auto height, int end) __attribute__((always_inline)) {
-    for (; row + decltype(height)::value <= end; row += decltype(height)::value)
-      panel<Pairs, LANES, decltype(height)::value>(row, a, row_stride, k_stride, depth, b, epilogue);
-  };
-  // Two rows left over would run at a third of the speed: leave eight instead, as two fours.
-  panels(std::integral_constant<int, R>{}, R == 6 && rows % 6 == 2 ? rows - 6 : rows);
-  panels(std::integral_constant<int, 4>{}, rows);
-  panels(std::integral_constant<int, 2>{}, rows);
-  panels(std::integral_constant<int, 1>{}, rows);
+  int row = 0, high = rows / R;
+  // Sixes and fours add up to any even number but 2; two rows left over would waste half a panel.
+  if (R == 6 && high > 0 && (rows + 1) / 2 * 2 - high * R == 2) high--;
+  for (; high > 0; high--, row += R) panel<Pairs, LANES, R>(row, rows, a, row_stride, k_stride, depth, b, epilogue);
+  for (; row < rows; row += 4) panel<Pairs, LANES, 4>(row, rows, a, row_stride, k_stride, depth, b, epilogue);
 }
 
 }  // namespace
