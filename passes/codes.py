@@ -32,8 +32,9 @@ SENTENCES: dict[str, str] = {
     "autograd-function": "the call sits in a custom autograd function that keeps {detail} for its backward",
     "unreadable": "the pass could not read this attention: {detail}",
     # What the options say.
-    "off": "the options turn it off ({detail})",
-    "excluded": "the options leave this module out: {detail}",
+    "never": "the options say when='never'",
+    "policy": "{detail}",
+    "excluded": "the options leave this module path out",
     "too-short": "{detail}",
     "no-gain": "{detail}",
 }

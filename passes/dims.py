@@ -53,6 +53,7 @@ class Roles:
         return (len(self.sizes) - 1,)
 
     def fresh(self, shape: tuple[Size, ...]) -> Layout:
+        """A layout of new atoms."""
         return tuple(self.new(size) for size in shape)
 
     def now(self, layout: Layout) -> Layout:
@@ -60,14 +61,17 @@ class Roles:
         return tuple(tuple(leaf for atom in dim for leaf in self.leaves(atom)) for dim in layout)
 
     def leaves(self, atom: int) -> Dim:
+        """The finest parts of an atom."""
         if atom not in self.parts:
             return (atom,)
         return tuple(leaf for part in self.parts[atom] for leaf in self.leaves(part))
 
     def size(self, dim: Dim) -> Size:
+        """The size of a dimension that runs over these atoms."""
         return prod((self.sizes[atom] for atom in dim), start=1)
 
     def split(self, atom: int, sizes: list[Size]) -> Dim | None:
+        """Cut an atom into parts, outermost first; None for atoms that must stay whole."""
         if atom in self.whole:
             return None
         dims = [self.new(size) for size in sizes]

@@ -62,6 +62,7 @@ class Emitter:
         return node
 
     def undo(self) -> None:
+        """Take out every node that was inserted."""
         for node in reversed(self.made):
             if not node._erased and not node.users:
                 self.graph.erase_node(node)
@@ -135,7 +136,7 @@ class Emitter:
         full = want if full is None else roles.now(full)
         if have == want:
             return node
-        node, pieces = self._split(node, roles, [dim for dim in have], want)
+        node, pieces = self._split(node, roles, list(have), want)
         node, pieces = self._drop_units(node, pieces)
         present = {atom for piece in pieces for atom in piece}
         rows = [self._row(dim, wide, pieces, present) for dim, wide in zip(want, full)]

@@ -71,25 +71,30 @@ class AttentionSite:
 
     @property
     def code_refuses(self) -> bool:
+        """True where the site stays dense."""
         return self.code is not None and self.code != REWRITTEN
 
     @property
     def shape(self) -> tuple[Any, ...]:
-        """(B, H, S, T, D)"""
+        """(B, H, S, T, D)."""
         return (self.B, self.H, self.S, self.T, self.D)
 
     @property
     def protect_q(self) -> tuple[Any, ...]:
+        """(start, length) of the query tokens that are not image or video."""
         return tuple(self.sources.protect_q)
 
     @property
     def protect_k(self) -> tuple[Any, ...]:
+        """The same for the keys."""
         return tuple(self.sources.protect_k)
 
     def refuse(self, code: str, detail: object = "") -> None:
+        """Leave the site dense, with a code of ``codes.py``."""
         self.code, self.reason = code, sentence(code, detail)
 
     def accept(self) -> None:
+        """Say that the site is (to be) rewritten."""
         self.code, self.reason = REWRITTEN, sentence(REWRITTEN)
 
 
@@ -137,7 +142,8 @@ def _lineage(shadow: Shadow) -> Lineage:
     names = {node: str(shadow.dynamo[node].target) for node in shadow.inputs if node in shadow.dynamo}
     lineage = Lineage.of(shadow.graph, names)
     for node in shadow.inputs:
-        node.meta["parameter"] = lineage.is_parameter(node)
+        own = value_of(shadow.dynamo[node]) if node in shadow.dynamo else None
+        node.meta["parameter"] = isinstance(own, torch.nn.Parameter) or lineage.is_parameter(node)
     return lineage
 
 

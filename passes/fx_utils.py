@@ -42,6 +42,11 @@ def is_call(node: object, targets: Any) -> bool:
     return node.target in targets if isinstance(targets, (set, frozenset)) else node.target is targets
 
 
+def is_call_in_place(node: fx.Node) -> bool:
+    """True for an ATen call that writes one of its arguments."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
 def argument(node: fx.Node, name: str, default: Any = None) -> Any:
     """The argument of an ATen call by its schema name, given positionally, by keyword or left at its default."""
     if name in node.kwargs:

@@ -16,7 +16,7 @@ from torch import fx
 
 from blade_compile.passes.codes import Refusal
 from blade_compile.passes.dims import Layout, Roles, forward
-from blade_compile.passes.fx_utils import argument, aten, is_call, is_tensor, same, shape_of, value_of
+from blade_compile.passes.fx_utils import argument, aten, is_call, is_call_in_place, is_tensor, same, shape_of, value_of
 from blade_compile.passes.products import PRODUCTS, Product, product
 from blade_compile.passes.scores import DIVS, SUBS, MaskTerm, blocked_by, constant_of, path_to_product, replay
 
@@ -338,8 +338,11 @@ def _check_unused(nodes: list[fx.Node], region: set[fx.Node], end: fx.Node, sour
         if node is end:
             continue
         for user in node.users:
-            if user not in region and not _only_shifts(user, region):
-                raise Refusal("weights-used", "scores")
+            if user in region or _only_shifts(user, region):
+                continue
+            if is_call_in_place(user):
+                raise Refusal("mutation", f"the value of {node}")
+            raise Refusal("weights-used", "scores")
 
 
 def _only_shifts(user: fx.Node, region: set[fx.Node], depth: int = 5) -> bool:

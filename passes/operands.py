@@ -32,6 +32,7 @@ class Plan:
     factors: list[fx.Node]
 
     def inputs(self) -> list[fx.Node]:
+        """Shadow nodes that the rewritten call reads."""
         return [self.q.node, self.k.node, self.v.node, *self.masks, *self.factors]
 
 

@@ -18,7 +18,7 @@ from blade_compile.passes.dims import Dim, Layout
 from blade_compile.passes.emit import Emitter, RewriteError, matches
 from blade_compile.passes.extents import hint
 from blade_compile.passes.find_attention import AttentionSite
-from blade_compile.passes.fx_utils import aten, erase_dead, fake_mode_of, is_tensor, shape_of, value_of
+from blade_compile.passes.fx_utils import aten, erase_dead, fake_mode_of, is_tensor, same, shape_of, value_of
 from blade_compile.passes.match import Match, Operand
 from blade_compile.passes.operands import Plan
 from blade_compile.passes.scores import MaskTerm
@@ -28,12 +28,17 @@ __all__ = ["RewriteError", "rewrite_site"]
 SOFT_MASK = -1e38
 """Bias of a key hidden by a large negative number: absorbs any score, and survives a factor of log2(e) in fp32"""
 
-_STRIDE_BLIND = {
-    "transpose", "permute", "reshape", "flatten", "contiguous", "clone", "unsqueeze", "squeeze", "to", "linear",
-    "matmul", "bmm", "add", "mul", "sub", "div", "truediv", "dropout", "float", "half", "bfloat16", "type_as", "cat",
-    "layer_norm", "chunk", "split", "unbind", "getitem", "sym_size", "size", "getattr", "swapaxes", "type", "dtype",
+_PACKS = {
+    "contiguous", "linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "layer_norm", "rms_norm", "conv1d",
+    "conv2d", "conv3d", "scaled_dot_product_attention", "sparse_sdpa", "sym_size", "size", "mean", "sum",
 }  # fmt: skip
-_PASSES_ON = {"transpose", "permute", "unsqueeze", "squeeze", "chunk", "split", "unbind", "getitem", "dropout", "to"}
+"""Calls whose result has the same strides whatever those of the input are."""
+_HANDS_ON = {
+    "transpose", "permute", "swapaxes", "unsqueeze", "squeeze", "chunk", "split", "unbind", "getitem", "dropout", "to",
+    "float", "half", "bfloat16", "type", "type_as", "clone", "reshape", "flatten", "unflatten", "add", "mul", "sub",
+    "div", "truediv", "cat", "gelu", "silu", "sigmoid", "pad",
+}  # fmt: skip
+"""Calls that work with any strides, but whose result may differ in strides too. ``view`` is neither."""
 
 
 def rewrite_site(graph: fx.Graph, site: AttentionSite, op_kwargs: dict[str, Any]) -> fx.Node:
@@ -107,7 +112,7 @@ def _common(found: Match, dim: Dim, layout: Layout) -> Dim:
 
 # ---- masks -----------------------------------------------------------------------------------------------------------
 def _key_mask(emitter: Emitter, found: Match, plan: Plan) -> fx.Node | None:
-    """All masks as one: bool (True attends) if all are hard, else an additive float bias. [B|1, (H|1, 1,) T]."""
+    """All masks as one: bool (True attends) if all are hard, else an additive float bias. [B|1, T] or [B|1, H, T]."""
     if not found.masks:
         return None
     keep: fx.Node | None = None
@@ -129,7 +134,7 @@ def _key_mask(emitter: Emitter, found: Match, plan: Plan) -> fx.Node | None:
         hard = _hidden(emitter, keep, float("-inf"), found, plan)
         bias = emitter.call(aten.add.Tensor, bias, hard)
     mask = bias if bias is not None else keep
-    return _without_head_axis(emitter, mask)
+    return _without_unit_axes(emitter, mask)
 
 
 def _mask_dtype(plan: Plan) -> torch.dtype:
@@ -165,10 +170,12 @@ def _keys_only(emitter: Emitter, found: Match, plan: Plan, term: MaskTerm) -> fx
     return emitter.arrange(node, found.roles, layout, (*want, (), (found.keys,)))
 
 
-def _without_head_axis(emitter: Emitter, mask: fx.Node | None) -> fx.Node | None:
-    if mask is None or shape_of(mask)[1] != 1:
-        return mask
-    return emitter.call(aten.squeeze.dims, mask, [1, 2])
+def _without_unit_axes(emitter: Emitter, mask: fx.Node | None) -> fx.Node | None:
+    """[B|1, H|1, 1, T] as the operator takes it: [B|1, T], or [B|1, H, T] for masks that differ between heads."""
+    if mask is None:
+        return None
+    per_head = not same(shape_of(mask)[1], 1)
+    return emitter.call(aten.squeeze.dims, mask, [2] if per_head else [1, 2])
 
 
 # ---- output ----------------------------------------------------------------------------------------------------------
@@ -190,13 +197,13 @@ def _same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
     return all(hint(x) == hint(y) for size, x, y in pairs if not (isinstance(size, int) and size == 1))
 
 
-def _nobody_sees_strides(node: fx.Node, depth: int = 6) -> bool:
+def _nobody_sees_strides(node: fx.Node, depth: int = 10) -> bool:
     """True where every reader gives the same result for any strides (``view`` would raise)."""
     if depth == 0:
         return False
     for user in node.users:
         name = _call_name(user)
-        if name not in _STRIDE_BLIND or (name in _PASSES_ON and not _nobody_sees_strides(user, depth - 1)):
+        if name not in _PACKS and not (name in _HANDS_ON and _nobody_sees_strides(user, depth - 1)):
             return False
     return True
 
@@ -222,10 +229,7 @@ def _install(emitter: Emitter, site: AttentionSite, found: Match, out: fx.Node) 
     """Give ``out`` to all readers of the old output and remove what is dead."""
     shadow, old = emitter.shadow, found.out.node
     own = shadow.dynamo.get(old)
-    if own is not None:
-        replaced = {own: out}
-    else:
-        replaced = _spliced(emitter, site.node, old, out)
+    replaced = {own: out} if own is not None else _spliced(emitter, site.node, old, out)
     for node, new in replaced.items():
         node.replace_all_uses_with(new)
     shadow.dynamo[old] = out
