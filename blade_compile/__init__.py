@@ -19,7 +19,7 @@ _WHERE = {
     "blade": "blade_compile.backend",
     "BladeConfig": "blade_compile.config",
     "Report": "blade_compile.report",
-    "explain": "blade_compile.report",
+    "explain": "blade_compile.diagnosis",
     "block_sparse_attention": "blade_compile.functional",
     "mask_predict": "blade_compile.functional",
     "sparse_attention": "blade_compile.functional",
