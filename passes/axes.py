@@ -1,9 +1,10 @@
 """Where the token axis of a tensor lies: components, and how views, permutations and broadcasting move them.
 
-The token index of a tensor is written as an ordered tuple of components ``(axis, inner, size)``, outermost first: it is
-the row-major combination of the digits ``(index[axis] // inner) % size``. One plain axis of S tokens is ``((a, 1, S),)``;
-tokens (h, w) of a feature map [B, C, h, w] are ``((2, 1, h), (3, 1, w))``; tokens inside a flattened [B*S, C] are
-``((0, 1, S),)`` while the batch is ``((0, S, B),)``. Sizes are hints (plain ints): geometry only, never lengths.
+The token index of a tensor is written as an ordered tuple of components ``(axis, inner, size)``, outermost first: it
+is the row-major combination of the digits ``(index[axis] // inner) % size``. One plain axis of S tokens is
+``((a, 1, S),)``; tokens (h, w) of a feature map [B, C, h, w] are ``((2, 1, h), (3, 1, w))``; tokens inside a flattened
+[B*S, C] are ``((0, 1, S),)`` while the batch is ``((0, S, B),)``. Sizes are hints (plain ints): geometry only, never
+lengths.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ Components = tuple[Component, ...]
 
 
 def whole_axis(axis: int, size: int) -> Components:
+    """Components of tokens that fill one axis; none where there is but one."""
     return ((axis, 1, size),) if size > 1 else ()
 
 

@@ -7,7 +7,7 @@ order on the size hints (the sizes of the call being compiled).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 import sympy
 import torch
@@ -15,7 +15,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-Count = Union[int, torch.SymInt]
+Count: TypeAlias = Union[int, torch.SymInt]  # noqa: UP007 (evaluated when imported)
 
 # Stand-ins for sizes that have no hint (data-dependent ones): distinct primes, so that shapes still factor uniquely.
 _PRIMES = (8191, 7919, 6151, 5003, 4001, 3001, 2003, 1009)
@@ -37,7 +37,7 @@ def hint(value: Count) -> int:
         known = value.node.hint
         if known is not None:
             return int(known)
-    except Exception:  # data-dependent sizes refuse to give a hint, each version in its own way
+    except Exception:  # noqa: BLE001, S110 (data-dependent sizes refuse a hint, each version in its own way)
         pass
     symbols = sorted(value.node.expr.free_symbols, key=str)
     sizes = {s: _PRIMES[i % len(_PRIMES)] for i, s in enumerate(symbols)}
@@ -45,6 +45,7 @@ def hint(value: Count) -> int:
 
 
 def hints(shape: Iterable[Count]) -> tuple[int, ...]:
+    """The shape in the call being compiled."""
     return tuple(hint(size) for size in shape)
 
 
@@ -67,6 +68,7 @@ class Extent:
         return self if other.key == 0 else Extent(self.value - other.value)
 
     def times(self, factor: int) -> Extent:
+        """The product with a plain int."""
         return self if factor == 1 else Extent(self.value * factor)
 
     def __eq__(self, other: object) -> bool:

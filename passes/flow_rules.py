@@ -55,6 +55,8 @@ if TYPE_CHECKING:
 
 def unknown_op(step: Step) -> Flow:
     """Default: an attention by its name, else token-wise, else a projection in disguise (quantised linears)."""
+    if step.name == "opaque":
+        return opaque_call(step)
     if re.search(r"attention|attn|flash_fwd|sdpa|_transformer_encoder_layer_fwd", step.name):
         return same_axes(step, mixes=True)
     if re.search(r"conv\d?d?$|convolution", step.name):
@@ -65,7 +67,18 @@ def unknown_op(step: Step) -> Flow:
     return found if found.kind != "leaf" or not tensor_args(step.node) else same_axes(step, projects=True)
 
 
+def opaque_call(step: Step) -> Flow:
+    """A call that was not re-traced: a block under checkpointing keeps the parts of the operand of the output's shape."""
+    name = re.sub(r"_\d+$", "", str(step.arg(0)))
+    return LEAF if RULES.get(name, first_only) is not first_only else token_wise(step, mixes=True)
+
+
+# What they make of their input is a position code (rotary tables): never the origin of a sequence.
+POSITIONAL = frozenset({"cos", "sin", "polar"})
+
+
 def leaf(step: Step) -> Flow:
+    """The walk ends: the output is a new sequence."""
     return LEAF
 
 
@@ -86,21 +99,20 @@ def _table() -> dict[str, Callable[[Step], Flow]]:
         linear: "linear",
         product: "matmul mm bmm addmm baddbmm mv __matmul__ __rmatmul__",
         einsum: "einsum",
-        along_dim: "softmax log_softmax _softmax _safe_softmax softmin cumsum cumprod logcumsumexp cummax flip roll sort "
-        "argsort gather index_select take_along_dim diff",
-        reduction: "mean sum amax amin max min prod var std norm logsumexp linalg_vector_norm var_mean std_mean argmax "
-        "argmin any all",
+        along_dim: "softmax log_softmax _softmax _safe_softmax softmin cumsum cumprod logcumsumexp cummax flip roll "
+        "sort argsort gather index_select take_along_dim diff",
+        reduction: "mean sum amax amin max min prod var std norm logsumexp linalg_vector_norm var_mean std_mean "
+        "argmax argmin any all",
         lookup: "embedding",
         indexing: "index",
         first_only: "to type_as masked_fill masked_scatter index_put scatter scatter_add scatter_reduce slice_scatter "
         "select_scatter index_copy index_add index_fill layer_norm native_layer_norm rms_norm _fused_rms_norm "
-        "group_norm native_group_norm batch_norm instance_norm normalize dropout native_dropout prelu "
-        "clone contiguous detach alias",
+        "group_norm native_group_norm batch_norm instance_norm normalize dropout native_dropout prelu clone "
+        "contiguous detach alias",
         second_only: "copy",
         where: "where",
-        leaf: "topk kthvalue masked_select nonzero unique tril triu cdist outer kron cross arange zeros ones full "
-        "empty rand randn zeros_like ones_like full_like empty_like rand_like randn_like new_zeros new_ones "
-        "new_empty new_full rnn lstm gru unfold fold",
+        leaf: "cos sin polar topk kthvalue masked_select nonzero unique tril triu cdist outer kron cross arange rand "
+        "randn rand_like randn_like rnn lstm gru",
     }
     return {name: rule for rule, names in groups.items() for name in names.split()}
 

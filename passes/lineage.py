@@ -19,9 +19,9 @@ from torch import fx
 
 from blade_compile.passes import axes
 from blade_compile.passes.extents import ZERO, Extent, hint
-from blade_compile.passes.flow_rules import flow
+from blade_compile.passes.flow_rules import POSITIONAL, flow
 from blade_compile.passes.token_flow import LEAF, Flow, State, op_name, value_of
-from blade_compile.passes.write_flow import BUFFERS, writes_to, written
+from blade_compile.passes.write_flow import BUFFERS, is_written, written
 
 _PARAMETER = re.compile(r"_(parameters|buffers)_")
 _SUBGRAPH_CALLS = ("checkpoint", "invoke_subgraph", "wrap", "autocast", "set_grad")
@@ -45,6 +45,7 @@ class Segment:
     projected: bool = False
 
     def part(self, start: Extent, length: Extent) -> Segment:
+        """The tokens ``start .. start + length`` of this segment."""
         if start.key == 0 and length == self.length:
             return self
         leaves = frozenset(Leaf(leaf.node, leaf.start + start, length) for leaf in self.leaves)
@@ -55,6 +56,7 @@ Segments = tuple[Segment, ...]
 
 
 def total(segments: Segments) -> Extent:
+    """Number of tokens."""
     out = ZERO
     for segment in segments:
         out = out + segment.length
@@ -140,6 +142,7 @@ class Lineage:
         self.bindings[placeholder] = outer
 
     def name(self, node: fx.Node) -> str:
+        """The name of a graph input as the user's code knows it, as far as it was passed on."""
         return self.names.get(node) or str(node.meta.get("source_name") or node.name)
 
     def is_data(self, node: fx.Node) -> bool:
@@ -156,12 +159,15 @@ class Lineage:
             elif node.op == "get_attr":
                 self._data[node] = False
             elif op_name(node) in BUFFERS:
-                self._data[node] = bool(writes_to(node))
+                self._data[node] = is_written(node)
+            elif op_name(node) in POSITIONAL:
+                self._data[node] = False
             else:
                 tensors = (a for a in node.all_input_nodes if not isinstance(value_of(a), (int, torch.SymInt)))
                 self._data[node] = any(self._data.get(a, True) for a in tensors)
 
     def is_parameter(self, node: fx.Node) -> bool:
+        """Whether a placeholder is a weight or a buffer of a module."""
         if node in self.bindings:
             return not self.is_data(self.bindings[node])
         value = value_of(node)
@@ -195,6 +201,7 @@ class Lineage:
         return self._segments[state]
 
     def flow(self, state: State) -> Flow:
+        """One step back from a state, memoised."""
         found = self._flows.get(state)
         if found is None:
             found = self._flows[state] = self._flow(*state)
@@ -210,7 +217,7 @@ class Lineage:
             return Flow("layers", (((inner, None, parts),),))
         try:
             return written(node, parts) if op_name(node) in BUFFERS else flow(node, index, parts, self.is_data)
-        except Exception:  # an op spelt in a way the rules don't know: the walk ends there, the compile goes on
+        except Exception:  # noqa: BLE001 (an op spelt in a way the rules don't know: the walk ends there)
             return LEAF
 
     def _combine(self, state: State, step: Flow) -> Segments:

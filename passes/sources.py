@@ -47,14 +47,14 @@ def classify_sources(
 ) -> Sources:
     """Classify an attention by its q [.., S, D], k and v [.., T, D] nodes; ``*_dim`` are their token axes.
 
-    Works on a pre-dispatch ATen graph (``meta["val"]``) and on a Dynamo graph (``meta["example_value"]``); pass names of
-    placeholders first with ``Lineage.of(graph, names)``. Never raises and never guards on a size.
+    Works on a pre-dispatch ATen graph (``meta["val"]``) and on a Dynamo graph (``meta["example_value"]``); pass names
+    of placeholders first with ``Lineage.of(graph, names)``. Never raises and never guards on a size.
     """
     try:
         lineage = lineage or Lineage.of(q_node.graph)
         sides = [lineage.segments(n, d) for n, d in ((q_node, q_dim), (k_node, k_dim), (v_node, v_dim))]
         return _classify(lineage, *sides)
-    except Exception as error:  # the analysis must never break a compile; an odd graph is one it can't read
+    except Exception as error:  # noqa: BLE001 (the analysis must never break a compile)
         return Sources("unknown", reason=f"the graph could not be read ({type(error).__name__}: {error})")
 
 

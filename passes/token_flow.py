@@ -30,9 +30,9 @@ class Flow:
 
     ``layers``: the output is, token by token, made of every layer; a layer is an ordered list of sequences one after
     the other (an ``Extent`` stands for that many padding tokens). ``take``: the tokens ``start .. start + length`` of
-    the one sequence in the one layer. ``leaf``: the walk ends here. ``projects``: a weight was applied. ``mixes``: every
-    token also saw data of other tokens (an attention), so the result is a new sequence with the parts of the old one.
-    ``inner``: the sequence that a leaf mixed.
+    the one sequence in the one layer. ``leaf``: the walk ends here. ``projects``: a weight was applied. ``mixes``:
+    every token also saw data of other tokens (an attention), so the result is a new sequence with the parts of the old
+    one. ``inner``: the sequence that a leaf mixed.
     """
 
     kind: str
@@ -44,6 +44,7 @@ class Flow:
     inner: State | None = None
 
     def states(self) -> list[State]:
+        """Every sequence in every layer."""
         return [item for layer in self.layers for item in layer if not isinstance(item, Extent)]
 
 
@@ -86,11 +87,13 @@ class Step:
         self.shape = hints(self.value.shape)
 
     def arg(self, position: int, *names: str, default: Any = None) -> Any:
+        """An argument by position or by any of its names."""
         if position < len(self.node.args):
             return self.node.args[position]
         return next((self.node.kwargs[n] for n in names if n in self.node.kwargs), default)
 
     def first(self) -> fx.Node:
+        """The tensor the op works on."""
         node = self.arg(0, "input", "self", "query", "q")
         return node if is_tensor(node) else tensor_args(self.node)[0]
 
@@ -104,24 +107,25 @@ class Step:
         return [hint(value_of(d)) for d in (found if isinstance(found, (list, tuple)) else [found])]
 
     def token_axes(self) -> set[int]:
+        """The output axes that hold a part of the token index."""
         return {axis for axis, _, _ in self.parts}
 
     def state(self, node: fx.Node, parts: Components | None) -> State | None:
+        """A state of the walk at an operand; None where the operand carries no tokens."""
         return None if parts is None else (node, None, parts)
 
     def merge(self, states: Iterable[State | None], *, projects: bool = False, mixes: bool = False) -> Flow:
+        """The token-by-token union of sequences."""
         found = tuple((s,) for s in dict.fromkeys(states) if s is not None)
         return Flow("layers", found, projects=projects, mixes=mixes) if found else LEAF
 
     def renamed(self, node: fx.Node, axis_map: Sequence[int | None], **flags: bool) -> Flow:
+        """One operand, its axes being ``axis_map[a]`` for output axis ``a``."""
         return self.merge([self.state(node, axes.through_axes(self.parts, axis_map))], **flags)
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:
     return hints(value_of(node).shape)
-
-
-# --- token-wise ops ---------------------------------------------------------------------------------------------------
 
 
 def token_wise(step: Step, operands: Sequence[fx.Node] | None = None, **flags: bool) -> Flow:

@@ -1,8 +1,8 @@
 """Tokens written into a buffer: ``out = empty_like(x); out[..., 0::2] = a; out[:, n:] = b``.
 
-Rotary embeddings (Wan) and ragged batches (Lumina2) build their result this way. The walk meets the buffer, whose own op
-says nothing; what it holds is found among its users, as index assignments (``setitem`` in a Dynamo graph, ``copy_`` into
-a chain of ``slice`` / ``select`` in ATen).
+Rotary embeddings (Wan) and ragged batches (Lumina2) build their result this way. The walk meets the buffer, whose own
+op says nothing; what it holds is found among its users, as index assignments (``setitem`` in a Dynamo graph, ``copy_``
+into a chain of ``slice`` / ``select`` in ATen).
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ class _Window:
 
 
 def writes_to(buffer: fx.Node) -> list[tuple[fx.Node, list[tuple[str, Any]]]]:
-    """(value, chain) of each assignment into a buffer; a chain step is ("slice", (dim, start, step)) or ("select", dim).
+    """(value, chain) of each assignment into a buffer, in program order.
 
-    Empty if the buffer is also viewed in a way that is not understood and then written.
+    A chain step is ("slice", (dim, start, step)) or ("select", (dim, index)).
     """
     found: list[tuple[fx.Node, list[tuple[str, Any]]]] = []
     stack: list[tuple[fx.Node, list[tuple[str, Any]]]] = [(buffer, [])]
@@ -74,6 +74,12 @@ def writes_to(buffer: fx.Node) -> list[tuple[fx.Node, list[tuple[str, Any]]]]:
                 stack.append((user, [*chain, ("select", (hint(user.args[1]), user.args[2]))]))
     order = {node: i for i, node in enumerate(buffer.graph.nodes)}
     return sorted(found, key=lambda write: order.get(write[0], 0))
+
+
+def is_written(buffer: fx.Node) -> bool:
+    """Whether anything at all is written into a buffer, understood or not."""
+    names = {op_name(user) for user in buffer.users if user.args and user.args[0] is buffer}
+    return bool(names & {"setitem", "copy", "index_put", "masked_scatter", "scatter"}) or bool(writes_to(buffer))
 
 
 def _index_steps(items: Any, rank: int) -> list[tuple[str, Any]] | None:
