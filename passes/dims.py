@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from blade_compile.passes.fx_utils import Size, argument, aten, is_call, is_tensor, same, shape_of
+from blade_compile.passes.fx_utils import Size, argument, aten, is_call, is_tensor, quotient, same, shape_of
 
 Dim = tuple[int, ...]
 Layout = tuple[Dim, ...]
@@ -107,18 +107,22 @@ class Roles:
             size, taken = sizes[len(dims)], []
             while queue and not same(self.size(tuple(taken)), size):
                 atom = queue.pop(0)
-                count = _cover(sizes[len(dims) :], self.sizes[atom]) if not taken else None
-                if count is not None and count > 1:
-                    parts = self.split(atom, list(sizes[len(dims) : len(dims) + count]))
-                    if parts is None:
-                        return None
+                parts = self._cut(atom, quotient(size, self.size(tuple(taken))))
+                if parts is None:
+                    taken.append(atom)
+                else:
                     queue = [*parts, *queue]
-                    continue
-                taken.append(atom)
             if not same(self.size(tuple(taken)), size):
                 return None
             dims.append(tuple(taken))
         return dims if not queue else None
+
+    def _cut(self, atom: int, size: Size | None) -> Dim | None:
+        """Split the outer part of ``size`` off an atom that is a proper multiple of it."""
+        rest = quotient(self.sizes[atom], size) if size is not None else None
+        if rest is None or _unit(rest) or _unit(size):
+            return None
+        return self.split(atom, [size, rest])
 
 
 def _unit(size: Size) -> bool:
@@ -131,14 +135,6 @@ def _equal_span(old: list[Size], new: list[Size]) -> tuple[int, int] | None:
         for a in range(1, total):
             if a <= len(old) and total - a <= len(new) and same(prod(old[:a]), prod(new[: total - a])):
                 return a, total - a
-    return None
-
-
-def _cover(sizes: list[Size], size: Size) -> int | None:
-    """How many of the next dimensions one atom of ``size`` covers exactly."""
-    for count in range(1, len(sizes) + 1):
-        if same(prod(sizes[:count]), size):
-            return count
     return None
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
-from blade_compile.passes.extents import expression
+from blade_compile.passes.extents import expression, hint
 
 Size = Any  # int or torch.SymInt
 aten = torch.ops.aten
@@ -33,6 +34,25 @@ def same(a: Size, b: Size) -> bool:
     if isinstance(a, int) and isinstance(b, int):
         return a == b
     return bool(expression(a) == expression(b))
+
+
+def quotient(size: Size, by: Size) -> Size | None:
+    """``size / by`` where that is a whole number for every value of the symbols, else None. Adds no guard."""
+    top, bottom = expression(size), expression(by)
+    if isinstance(top, int) and isinstance(bottom, int):
+        return top // bottom if bottom and top % bottom == 0 else None
+    ratio = sympy.cancel(sympy.sympify(top) / bottom)
+    if not ratio.is_polynomial(*ratio.free_symbols) or any(not c.is_Integer for c in _coefficients(ratio)):
+        return None
+    if ratio.is_Integer:
+        return int(ratio)
+    symbolic = size if isinstance(size, torch.SymInt) else by
+    return symbolic.node.shape_env.create_symintnode(ratio, hint=hint(size) // hint(by))
+
+
+def _coefficients(ratio: Any) -> list[Any]:
+    symbols = sorted(ratio.free_symbols, key=str)
+    return sympy.Poly(ratio, *symbols).coeffs() if symbols else [ratio]
 
 
 def is_call(node: object, targets: Any) -> bool:

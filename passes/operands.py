@@ -94,6 +94,11 @@ def _batch_and_heads(found: Match, options: list[list[Operand]], fixed: set[int]
         dims = [dim for dim in roles.now(option.layout) if not set(dim) & fixed]
         if len(shape_of(option.node)) == 4 and len(dims) == 2 and (*dims[0], *dims[1]) == tuple(atoms):
             return dims[0], dims[1]
+    for option in (o for row in options for o in row):
+        for dim in roles.now(option.layout):  # [.., H * D]: heads are what shares a dimension with the features
+            heads = tuple(atom for atom in dim if atom not in fixed)
+            if heads and len(heads) + 1 == len(dim) and dim[-1] in fixed and heads == tuple(atoms[-len(heads) :]):
+                return tuple(atoms[: -len(heads)]), heads
     lone = _shared_suffix(roles, options, atoms)
     rank = len(shape_of(found.q.node))
     if lone and rank >= 5 and len(atoms) > lone:

@@ -24,6 +24,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from blade_compile.passes.fused_layers import EQUIVALENTS
 from blade_compile.passes.fx_utils import fake_mode_of, value_of
 
+_enter_autocast, _exit_autocast = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
+
 
 def opaque(name: str, *inputs: Any) -> Any:
     """Stand-in for a Dynamo node that was not re-traced. Only ever a target in a shadow graph; never run."""
@@ -79,10 +81,13 @@ def trace_shadow(graph: fx.Graph, fake_mode: Any | None = None) -> Shadow:
     if fake_mode is None:
         raise ValueError("the graph's nodes carry no fake values")
     inputs = [node for node in graph.nodes if _is_input(node)]
-    with fake_mode, torch.no_grad():
-        values = [_fresh(value_of(node)) for node in inputs]
-        tracer = _Tracer(graph, inputs)
-        traced = make_fx(tracer.run_with, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)(*values)
+    tracer = _Tracer(graph, inputs)
+    trace = make_fx(tracer.run_with, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)
+    try:
+        with fake_mode, torch.no_grad():
+            traced = trace(*[_fresh(value_of(node)) for node in inputs])
+    finally:
+        tracer.leave_all_autocast()
     tracer.shadow.graph = traced.graph
     return tracer.shadow.finish()
 
@@ -111,6 +116,7 @@ class _Tracer(fx.Interpreter):
         self.inputs = inputs
         self.given: dict[fx.Node, Any] = {}
         self.shadow = Shadow(graph)
+        self.autocast: list[Any] = []
 
     def run_with(self, *values: Any) -> Any:
         self.given = dict(zip(self.inputs, values))
@@ -139,11 +145,21 @@ class _Tracer(fx.Interpreter):
         return self._opaque(n, tracer)
 
     def _call(self, n: fx.Node) -> Any:
+        if n.target is _enter_autocast:
+            self.autocast.append(torch.amp.autocast(*n.args))  # by itself the call would only be recorded
+            return self.autocast[-1].__enter__()
+        if n.target is _exit_autocast:
+            return self.autocast.pop().__exit__(None, None, None)  # regions nest
         equivalent = EQUIVALENTS.get(n.target) if n.op == "call_function" else None
         if equivalent is None:
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         return equivalent(*args, **kwargs)
+
+    def leave_all_autocast(self) -> None:
+        """Leave what a graph that ends, or a trace that fails, inside a region has entered."""
+        while self.autocast:
+            self.autocast.pop().__exit__(None, None, None)
 
     def _must_be_opaque(self, n: fx.Node) -> bool:
         if isinstance(n.target, torch._ops.HigherOrderOperator):
