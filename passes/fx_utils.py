@@ -94,11 +94,11 @@ def module_path(node: fx.Node) -> str:
 
 
 def clean_path(path: str) -> str:
-    """``L['self'].blocks[0].attn`` or ``L['self']._modules['blocks']...`` as ``blocks.0.attn``."""
+    """``L['self'].blocks[0].attn`` or ``L['self'].__dict__['_modules']['blocks']...`` as ``blocks.0.attn``."""
     for bracket in ("L[", "G["):
         if path.startswith(bracket):
             path = path[path.index("]") + 1 :]
-    for text in ("_modules", "['", '["', "[", "']", '"]', "]"):
+    for text in ("__dict__", "_modules", "['", '["', "[", "']", '"]', "]"):
         path = path.replace(text, ".")
     return ".".join(part for part in path.split(".") if part)
 
