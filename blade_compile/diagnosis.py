@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from .backend import split_options
@@ -137,7 +136,7 @@ def _traced(
             with fresh_dynamo() as counters, _installed(root, regions, settings, log, fullgraph) as run:
                 run(*inputs[0], **inputs[1])
                 return log, [_first_line(reason) for reason in counters["graph_break"]]
-        except Exception as error:  # noqa: BLE001 (any compiler error; the model's own were raised by the eager run)
+        except Exception as error:  # any compiler error; the model's own were raised by the eager run
             logger.debug("the report's compile failed", exc_info=True)
             message = f"{type(error).__name__}: {_first_line(str(error))}"
             notes.append(f"{'fullgraph=True' if fullgraph else 'compiling'} fails on this model ({message})")
@@ -240,11 +239,14 @@ def _within(path: str, region: str) -> bool:
 
 
 def _name_backends(rows: list[Site], calls: list[Call], notes: list[str]) -> None:
-    """Say so, plainly, where a library's attention backend keeps blade out."""
+    """Say so, plainly, where a library's attention backend keeps blade out; add what only the run knows."""
     counted = Counter(call.backend for call in calls if call.backend is not None)
-    by_path = {call.path: call.backend for call in calls if call.backend is not None}
+    by_path = {call.path: call for call in calls}
     for row in rows:
-        name = by_path.get(row.path)
+        call = by_path.get(row.path)
+        if call is not None and set(row.shape) == {None}:  # the graph does not say, the run did
+            row.shape, row.dtype = call.shape, call.dtype
+        name = None if call is None else call.backend
         if name is not None and not row.rewritten and row.code != "other-backend":
             row.reason += "; it " + _FOREIGN.format(name=name)
     replaced = sum(row.rewritten for row in rows)

@@ -1,8 +1,8 @@
 """Compile with Dynamo and leave nothing behind: no cache entry, no skipped frame, no learned dynamic size.
 
-Dynamo keeps its results and its verdicts ("this frame can't be traced") on the code objects of the user's functions. A
-report that compiled in the ordinary way would use up recompiles, make frames eager for good that a later ``fullgraph=True``
-could capture, and let the user's next compile start with dynamic shapes.
+Dynamo keeps its results and its verdicts ("this frame can't be traced") on the code objects of the user's functions.
+A report that compiled in the ordinary way would use up recompiles, make frames eager for good that a later
+``fullgraph=True`` could capture, and let the user's next compile start with dynamic shapes.
 """
 
 from __future__ import annotations

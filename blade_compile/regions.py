@@ -87,7 +87,7 @@ def unwrap(model: Any) -> tuple[nn.Module, Any]:
         return model, None
     if not callable(model):
         raise ValueError(
-            f"explain was given a {type(model).__name__}; valid are a torch.nn.Module, plain or compiled, or a function."
+            f"explain was given a {type(model).__name__}; valid are a module, plain or compiled, and a function."
         )
     plain = getattr(model, "_torchdynamo_orig_callable", model)
     owner = getattr(plain, "__self__", None)

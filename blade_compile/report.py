@@ -44,7 +44,7 @@ class Site:
     calls: int = 1
     "times that it ran in one call of the model"
     ran: str | None = None
-    "what computed it: ``cpu-<instruction set>``, ``aten``, ``sdpa`` (dense: predicted to be as fast); None: outside our operators"
+    "what computed it: ``cpu-<instruction set>``, ``aten``, ``sdpa`` (predicted to be as fast); None: not our operators"
     density: float | None = None
     "kept share of the blocks as counted from the lists, mean over the calls; None if it did not run block-sparse"
     recall: float | None = None
@@ -90,11 +90,16 @@ class Report:
         if not self.sites:
             return "no attention was found"
         sparse = sum(site.density is not None for site in self.sites)
-        dense = Counter(_why_dense(site) for site in self.sites if site.density is None)
-        text = f"{sparse} of {_count(len(self.sites), 'attention site')} {'runs' if len(self.sites) == 1 else 'run'} sparse"
+        dense = Counter(site.code for site in self.sites if site.density is None)
+        of, run = (
+            ("1 attention site", "runs") if len(self.sites) == 1 else (f"{len(self.sites)} attention sites", "run")
+        )
+        text = f"{sparse} of {of} {run} sparse"
         if dense:
-            stays = "stays" if dense.total() == 1 else "stay"
-            text += f"; {dense.total()} {stays} dense: " + ", ".join(f"{n} {code}" for code, n in dense.most_common())
+            stays = "stays" if sum(dense.values()) == 1 else "stay"
+            text += f"; {sum(dense.values())} {stays} dense: " + ", ".join(
+                f"{n} {code}" for code, n in dense.most_common()
+            )
         return text
 
     def to_dict(self) -> dict[str, Any]:
@@ -148,8 +153,9 @@ class Report:
             header, rows = self._cells()
             widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
             lines.append("")
-            for row in (header, ["-" * width for width in widths], *rows):
-                lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+            underline = ["-" * width for width in widths]
+            pad = lambda row: "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))  # noqa: E731
+            lines += [pad(row).rstrip() for row in (header, underline, *rows)]
         return "\n".join(lines)
 
     def _cells(self) -> tuple[list[str], list[list[str]]]:
@@ -171,14 +177,6 @@ class Report:
         rows = [_row(first, members) for first, members in _grouped(self.sites)]
         used = [i for i in range(len(header)) if any(row[i] for row in rows)]
         return [header[i] for i in used], [[row[i] for i in used] for row in rows]
-
-
-def _why_dense(site: Site) -> str:
-    return "no-gain" if site.rewritten and site.code == "rewritten" else site.code
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}{'' if n == 1 else 's'}"
 
 
 def _plain(value: Any) -> Any:
@@ -264,7 +262,7 @@ def _tokens(ranges: tuple[Range, ...]) -> str:
 def _decision(site: Site) -> str:
     if site.density is not None:
         return f"sparse ({site.ran})"
-    return f"dense: {_why_dense(site)}"
+    return f"dense: {site.code}"
 
 
 def _spread(values: list[float | None]) -> str:

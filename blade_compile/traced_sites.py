@@ -58,6 +58,7 @@ class ProbeBackend:
         self.log = log
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        """What Dynamo asks of a backend: something to call in place of the graph."""
         return ProbedGraph(gm, self.settings, self.log).run
 
 
@@ -190,7 +191,7 @@ def _take(row: Site, seen: Observation, site: AttentionSite, kwargs: dict[str, A
     if first:
         row.recall, row.measured_dense, row.measured_sparse = seen.recall, seen.measured_dense, seen.measured_sparse
         if seen.density is None:
-            row.reason = f"rewritten, and at {seen.shape[2]} x {seen.shape[3]} tokens the operator runs SDPA, which is predicted to be as fast"
+            row.code, row.reason = _ran_dense(seen, kwargs.get("min_tokens", 0))
         sizes = (
             seen.shape,
             getattr(torch, seen.dtype),
@@ -199,6 +200,14 @@ def _take(row: Site, seen: Observation, site: AttentionSite, kwargs: dict[str, A
             kwargs.get("probe_tokens", 16),
         )
         row.predicted_dense, row.predicted_sparse = predicted(*sizes, 1.0 if seen.density is None else seen.density)
+
+
+def _ran_dense(seen: Observation, min_tokens: int) -> tuple[str, str]:
+    """The sizes were symbolic in the graph, so the operator decided."""
+    tokens = f"{seen.shape[2]} x {seen.shape[3]} tokens"
+    if seen.shape[3] < min_tokens:
+        return "too-short", f"rewritten, but runs SDPA at {tokens}: fewer keys than min_tokens={min_tokens}"
+    return "no-gain", f"rewritten, but runs SDPA at {tokens}: it is predicted to be as fast"
 
 
 def _ranges(flat: Any) -> tuple[Range, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 import sys
 from collections import deque
@@ -50,7 +51,7 @@ def _generators(inputs: tuple[Any, ...]) -> list[Callable[[], None]]:
         restore.append(lambda: numpy.set_state(state))
     for leaf in tree_leaves(inputs):
         if isinstance(leaf, torch.Generator):
-            restore.append(lambda leaf=leaf, state=leaf.get_state(): leaf.set_state(state))
+            restore.append(functools.partial(leaf.set_state, leaf.get_state()))
     return restore
 
 
