@@ -72,11 +72,11 @@ class AttentionCalls(TorchFunctionMode):
         elif func in _SOFTMAX and isinstance(out, torch.Tensor) and out.ndim >= 3 and out.shape[-1] > 1:
             self.calls.append(_softmax_call(out))
         elif func in _MODULE:
-            self.calls.append(_module_call(args))
+            self.calls.append(_module_call(func, args))
         return out
 
 
-def _sdpa_call(  # noqa: PLR0917 (the signature of F.scaled_dot_product_attention)
+def _sdpa_call(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -108,9 +108,12 @@ def _softmax_call(probability: torch.Tensor) -> Call:
     return Call("softmax", probability.shape[-2], probability.shape[-1], 0, "unknown", peak, uniform)
 
 
-def _module_call(args: tuple[Any, ...]) -> Call:
-    tokens = args[0].shape[1] if args[0].ndim == 3 else args[0].shape[0]
-    return Call("module", tokens, tokens, 0, "unknown", float("nan"), float("nan"))
+def _module_call(func: Any, args: tuple[Any, ...]) -> Call:
+    # F.multi_head_attention_forward takes tokens first, the fused module functions take the batch first.
+    axis = 0 if func is F.multi_head_attention_forward else 1
+    keys = args[1] if func is not torch._transformer_encoder_layer_fwd else args[0]
+    nan = float("nan")
+    return Call("module", args[0].shape[axis], keys.shape[axis], 0, "unknown", nan, nan)
 
 
 def _sharpness(probability: torch.Tensor) -> tuple[float, float]:

@@ -47,7 +47,7 @@ class Entry:
         fullgraph: whether plain Inductor compiles it with ``fullgraph=True``.
         warm: one eager forward is needed before ``fullgraph`` compiles (a table made at the first call).
         backward: whether the conformance run compares parameter gradients too.
-        cross: SDPA calls with as many keys as queries that are nevertheless not self-attention.
+        not_self: calls with as many keys as queries that are nevertheless not plain self-attention over tokens.
         long_keys: calls whose queries are a prefix or suffix of longer keys: self-attention all the same.
         notes: what is particular about it, for the table.
     """
@@ -59,7 +59,7 @@ class Entry:
     fullgraph: bool = True
     warm: bool = False
     backward: bool = False
-    cross: int = 0
+    not_self: int = 0
     long_keys: int = 0
     notes: str = ""
 

@@ -248,7 +248,7 @@ def kandinsky6_sr() -> Entry:
         "nabla_window": (3, 3, 3),
     }
     notes = "its own block-sparse attention, FlexAttention only"
-    return diffusers_entry("Kandinsky6SRTransformer3DModel", FAMILY, config, inputs, notes=notes)
+    return diffusers_entry("Kandinsky6SRTransformer3DModel", FAMILY, config, inputs, not_self=1, notes=notes)
 
 
 def motif_video() -> Entry:
