@@ -68,7 +68,7 @@ def unknown_op(step: Step) -> Flow:
 
 
 def opaque_call(step: Step) -> Flow:
-    """A call that was not re-traced: a block under checkpointing keeps the parts of the operand of the output's shape."""
+    """A call that was not re-traced: a checkpointed block keeps the parts of the operand of the output's shape."""
     name = re.sub(r"_\d+$", "", str(step.arg(0)))
     return LEAF if RULES.get(name, first_only) is not first_only else token_wise(step, mixes=True)
 
