@@ -1,9 +1,9 @@
 """Builds the C++ kernels at first use, once per machine, and loads them.
 
-One shared library holds every ``cpu_*.cpp`` of this folder, compiled by one command for the best instruction set of
-this machine. It has a plain C ABI (no Python or libtorch headers: a build takes seconds, and any torch can load it) and
-is kept in a per-user cache under the hash of everything it depends on. Where nothing can be built, ``load`` returns None
-after one warning and the ATen path is used.
+One shared library holds every ``cpu_*.cpp`` of this folder, compiled for the best instruction set of this machine. It
+has a plain C ABI (no Python or libtorch headers: a build takes seconds, and any torch can load it) and is kept in a
+per-user cache under the hash of everything it depends on. Where nothing can be built, ``load`` returns None after one
+warning and the ATen path is used.
 
 Environment: ``CXX`` (compiler), ``BLADE_CACHE_DIR`` (where libraries are kept), ``BLADE_CPU_ISA`` (forces a variant).
 """
@@ -24,6 +24,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -34,10 +35,10 @@ SOURCE_DIR = Path(__file__).parent
 UNITS = ("cpu_forward.cpp", "cpu_backward.cpp", "cpu_probe.cpp")
 BUILD_SECONDS = 600  # a build takes seconds; a compiler that hangs must not hang the user's program
 # Words of tensors are read as floats, bf16 pairs and integers: aliasing by type would be wrong.
-COMMON_FLAGS = (
-    "-O3 -std=c++17 -fPIC -shared -ffp-contract=fast -fno-math-errno -fno-trapping-math "
-    "-fno-strict-aliasing -Wno-psabi -Wno-ignored-attributes"
-).split()
+COMMON_FLAGS = [
+    *("-O3", "-std=c++17", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+    *("-fno-strict-aliasing", "-Wno-psabi", "-Wno-ignored-attributes"),
+]
 _AVX2 = "-mavx2 -mfma -mf16c"
 _AVX512 = f"{_AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512"
 # Best first. "plain" is the baseline of the architecture: SSE2 on x86-64, NEON on 64-bit Arm.
@@ -181,9 +182,9 @@ def _load_isa(compiler: list[str], isa: str) -> ctypes.CDLL:
         # Another process may have built it while this one waited.
         if (loaded := _open_checked(library)) is not None:
             return loaded
-        _compile([*compiler, *flags, *map(str, units)], library)
+        _compile(compiler, flags, units, library)
     if (loaded := _open_checked(library)) is None:
-        raise BuildError(f"{library} was built and can't be loaded. Delete it, or set BLADE_CACHE_DIR to another folder")
+        raise BuildError(f"{library} was built and can't be loaded. Delete it, or point BLADE_CACHE_DIR elsewhere")
     return loaded
 
 
@@ -197,25 +198,28 @@ def _cache_key(compiler: list[str], flags: list[str]) -> str:
 
 
 def _cache_dir() -> Path:
-    """First usable of $BLADE_CACHE_DIR, Inductor's cache folder where one is set, ~/.cache/blade, a private one in /tmp.
+    """First usable of $BLADE_CACHE_DIR, blade/ in Inductor's folder where one is set, ~/.cache/blade, a private one.
 
     Inductor's own function isn't asked: importing it costs seconds.
     """
-    wanted = os.environ.get("BLADE_CACHE_DIR")
-    inductor = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    private = Path(tempfile.gettempdir()) / f"blade_{os.getuid()}"
-    choices = [Path(wanted)] if wanted else [*([Path(inductor, "blade")] if inductor else []), Path(home, "blade"), private]
+    choices = [Path(wanted)] if (wanted := os.environ.get("BLADE_CACHE_DIR")) else _default_dirs()
     for folder in choices:
         with contextlib.suppress(OSError):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            # Code is loaded from here: a folder that someone else made in a shared place won't do, unless it was asked for.
+            # Code is loaded from here: a folder that someone else made in a shared place won't do, unless asked for.
             if os.access(folder, os.W_OK | os.X_OK) and (wanted or folder.stat().st_uid == os.getuid()):
                 return folder
     raise BuildError(
         f"no folder for the built library (tried {', '.join(map(str, choices))}: each must be writable and your own). "
         "Set BLADE_CACHE_DIR to one"
     )
+
+
+def _default_dirs() -> list[Path]:
+    inductor = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    private = Path(tempfile.gettempdir(), f"blade_{os.getuid()}")
+    return [*([Path(inductor, "blade")] if inductor else []), Path(home, "blade").expanduser(), private]
 
 
 @contextlib.contextmanager
@@ -254,26 +258,22 @@ def _open_checked(library: Path) -> ctypes.CDLL | None:
         return None
 
 
-def _compile(command: list[str], library: Path) -> None:
-    """Compile to a temporary file and rename it into place, so that no process ever sees half a library."""
+def _compile(compiler: list[str], flags: list[str], units: list[Path], library: Path) -> None:
+    """Compile the units side by side, link them beside the library and rename, so that no process sees half a file."""
     try:
-        handle, built = tempfile.mkstemp(suffix=".so", dir=library.parent)
-        os.close(handle)
-    except OSError as error:
-        raise BuildError(f"can't write to {library.parent} ({error}). Set BLADE_CACHE_DIR to another folder") from error
-    try:
-        _run([*command, "-o", built])
-        # A stale mapping of a damaged library must survive in other processes: replace, never overwrite.
-        digest = Path(built + ".sha256")
-        digest.write_text(hashlib.sha256(Path(built).read_bytes()).hexdigest())
-        os.replace(built, library)
-        os.replace(digest, _digest_file(library))
+        with tempfile.TemporaryDirectory(prefix="build", dir=library.parent) as folder:
+            built, digest = Path(folder, "built.so"), Path(folder, "built.sha256")
+            objects = [Path(folder, unit.stem + ".o") for unit in units]
+            commands = [[*compiler, *flags, "-c", str(u), "-o", str(o)] for u, o in zip(units, objects, strict=True)]
+            with ThreadPoolExecutor(len(commands)) as pool:
+                list(pool.map(_run, commands))
+            _run([*compiler, *flags, "-shared", *map(str, objects), "-o", str(built)])
+            digest.write_text(hashlib.sha256(built.read_bytes()).hexdigest())
+            # Another process may have the old file mapped: replace, never overwrite.
+            built.replace(library)
+            digest.replace(_digest_file(library))
     except OSError as error:
         raise BuildError(f"can't store {library} ({error}). Set BLADE_CACHE_DIR to another folder") from error
-    finally:
-        for leftover in (built, built + ".sha256"):
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(leftover)
 
 
 def _run(command: list[str]) -> str:

@@ -14,6 +14,7 @@ namespace {
 
 constexpr int LANES = 64;
 constexpr int64_t kChunkRows = 48;  // key rows between two softmax updates: scores and queries stay in the L1 cache
+constexpr int kSpill = 4;           // rows that a product may write beyond its last one
 
 // Mirrored field by field by cpu_probe.py.
 struct Probe {
@@ -37,29 +38,30 @@ void run_ranges(blade_parallel_for_t parallel_for, int64_t count, const Body& bo
   else call(0, count, (void*)&body);
 }
 
+// Exponentials of differences: errors are relative to the distance from the maximum, not to the size of the scores.
+BLADE_INLINE Vec weight(Vec score, Vec from) { return exp2<true>((score - from) * kLog2e); }
 // A lane that has seen no valid key has its maximum at -inf: measure from 0 then, -inf - -inf would be NaN.
 BLADE_INLINE Vec origin(Vec top) { return top == -kInf ? Vec{} : top; }
 
-// One block's scores [rows][LANES] (log2 units) into the running maximum `top` and sum `sum` of each lane; its own
-// maxima into `cell`. A NaN score makes `sum` NaN for good; the maxima may forget it.
+// One block's scores [rows][LANES] into the running maximum `top` and sum `sum` of each lane; its own maxima into
+// `cell`. A NaN score makes `sum` NaN for good; the maxima may forget it.
 BLADE_INLINE void update_softmax(const float* scores, int64_t rows, float* top, float* sum, float* cell) {
   constexpr int N = group<LANES>();  // independent chains, to hide latencies
   for (int lane = 0; lane < LANES; lane += N * kWidth) {
-    Vec best[N], total[N], from[N];
+    Vec best[N], from[N], total[N] = {};
     for (Vec& x : best) x = broadcast(-kInf);
     for (int64_t r = 0; r < rows; r++)
       for (int n = 0; n < N; n++) best[n] = max(best[n], load(scores + r * LANES + lane + n * kWidth));
+    for (int n = 0; n < N; n++) from[n] = origin(max(load(top + lane + n * kWidth), best[n]));
+    for (int64_t r = 0; r < rows; r++)
+      for (int n = 0; n < N; n++) total[n] += weight(load(scores + r * LANES + lane + n * kWidth), from[n]);
     for (int n = 0; n < N; n++) {
       const int i = lane + n * kWidth;
-      const Vec old = load(top + i), now = max(old, best[n]);
-      from[n] = origin(now);
-      total[n] = load(sum + i) * exp2<true>(old - from[n]);
-      store(top + i, now);
+      const Vec old = load(top + i);
+      store(sum + i, load(sum + i) * weight(old, from[n]) + total[n]);
+      store(top + i, max(old, best[n]));
       store(cell + i, best[n]);
     }
-    for (int64_t r = 0; r < rows; r++)
-      for (int n = 0; n < N; n++) total[n] += exp2<true>(load(scores + r * LANES + lane + n * kWidth) - from[n]);
-    for (int n = 0; n < N; n++) store(sum + lane + n * kWidth, total[n]);
   }
 }
 
@@ -72,11 +74,11 @@ BLADE_INLINE int32_t largest(const int32_t* x, int64_t n) {
 
 struct Scratch {
   uint32_t* keys;      // [nK * pk][depth]
-  float* bias;         // [nK * pk], log2 units
+  float* bias;         // [nK * pk + spill]
   uint8_t* unseen;     // [nK]: no sampled key may be attended to, another one may
   float* rows;         // [LANES][padded] gathered queries
   float* queries;      // [padded][LANES]
-  float* scores;       // [chunk * pk][LANES]
+  float* scores;       // [chunk * pk + spill][LANES]
   float* strip;        // [nK][LANES]
   float *top, *sum;    // [LANES]
   int32_t* lane_bits;  // [LANES]: 0 for a lane without a query
@@ -93,7 +95,7 @@ struct Predictor {
   const int64_t group = a.pq < LANES ? LANES / a.pq : 1, groups = (nQ + group - 1) / group;
   const int64_t depth = words<Pairs>(a.D), padded = round_up(depth, 16);
   const int64_t chunk = a.pk < kChunkRows ? kChunkRows / a.pk : 1;  // key blocks
-  const float scale = (float)(a.scale * 1.4426950408889634);
+  const float scale = (float)a.scale;
 
   // Lays the buffers out from `base` and returns the bytes they take; a null `base` asks for the size only.
   int64_t layout(char* base, Scratch& s) const {
@@ -103,11 +105,11 @@ struct Predictor {
       used += round_up(n * (int64_t)sizeof(*p), 64);
     };
     take(s.keys, nK * a.pk * depth);
-    take(s.bias, nK * a.pk);
+    take(s.bias, nK * a.pk + kSpill);
     take(s.unseen, nK);
     take(s.rows, LANES * padded);
     take(s.queries, padded * LANES);
-    take(s.scores, chunk * a.pk * LANES);
+    take(s.scores, (chunk * a.pk + kSpill) * LANES);
     take(s.strip, nK * LANES);
     take(s.top, LANES);
     take(s.sum, LANES);
@@ -147,7 +149,7 @@ struct Predictor {
       for (int64_t i = j * a.pk; i < (j + 1) * a.pk; i++) {
         const int64_t token = a.pos_k[h * nK * a.pk + i];
         const float added = token < 0 ? -kInf : bias ? bias[token * step] : 0.f;
-        s.bias[i] = added * kLog2e;
+        s.bias[i] = added;
         // A hidden key may hold NaN: zeros keep it out.
         if (added == -kInf) {
           memset(s.keys + i * depth, 0, depth * 4);
@@ -222,7 +224,7 @@ struct Predictor {
     for (int lane = 0; lane < LANES; lane++) inverse[lane] = s.sum[lane] == 0 ? 0.f : 1.f / s.sum[lane];
     for (int64_t j = 0; j < nK; j++) {
       for (int n = 0; n < LANES; n += kWidth) {
-        const Vec p = exp2<true>(load(s.strip + j * LANES + n) - origin(load(s.top + n))) * load(inverse + n);
+        const Vec p = weight(load(s.strip + j * LANES + n), origin(load(s.top + n))) * load(inverse + n);
         *(IntVec*)(cells + n) = (IntVec)p & *(const IntVec*)(s.lane_bits + n);
       }
       for (int64_t g = 0; g < blocks; g++) {
@@ -234,15 +236,25 @@ struct Predictor {
   }
 };
 
+bool all_below(const int32_t* x, int64_t n, int64_t limit) {
+  bool ok = true;
+  for (int64_t i = 0; i < n; i++) ok &= x[i] < limit;
+  return ok;
+}
+
 }  // namespace
 }  // namespace blade
 
 // Map or lists of a whole call. Returns a Status.
 extern "C" int32_t blade_probe(const blade::Probe* args, blade_parallel_for_t parallel_for) {
+  const blade::Predictor<false> predictor{*args};
+  const int64_t samples_q = args->H * predictor.nQ * args->pq, samples_k = args->H * predictor.nK * args->pk;
+  if (!blade::all_below(args->pos_q, samples_q, args->S) || !blade::all_below(args->pos_k, samples_k, args->T))
+    return blade::kBadIndex;
 #if defined(BLADE_PAIRS)
   if (args->type == blade::kBFloat16) return blade::Predictor<true>{*args}.run(parallel_for);
 #endif
-  return blade::Predictor<false>{*args}.run(parallel_for);
+  return predictor.run(parallel_for);
 }
 
 // map [rows][nK] -> num [rows] and idx [rows][nK]; row r is query block r % nQ. Returns a Status.

@@ -11,7 +11,6 @@ nQ = ceil(S / block), nK = ceil(T / block).
 from __future__ import annotations
 
 import ctypes
-import functools
 
 import torch
 from torch import Tensor
@@ -155,7 +154,13 @@ def _empty_lists(B: int, H: int, nQ: int, nK: int) -> tuple[Tensor, Tensor]:
 
 
 def _arguments(
-    q: Tensor, k: Tensor, key_bias: Tensor | None, scale: float, block_size: int, positions_q: Tensor, positions_k: Tensor
+    q: Tensor,
+    k: Tensor,
+    key_bias: Tensor | None,
+    scale: float,
+    block_size: int,
+    positions_q: Tensor,
+    positions_k: Tensor,
 ) -> tuple[_Probe, list[Tensor]]:
     """The C structure without outputs and selection, and the tensors that must outlive the call."""
     _check_inputs(q, k, key_bias, block_size, positions_q, positions_k)
@@ -175,7 +180,9 @@ def _check_inputs(
     q: Tensor, k: Tensor, key_bias: Tensor | None, block_size: int, positions_q: Tensor, positions_k: Tensor
 ) -> None:
     if q.dtype not in _DTYPES or k.dtype != q.dtype or q.device.type != "cpu" or k.device.type != "cpu":
-        raise ValueError(f"q and k must share one of fp32, bf16, fp16 on the CPU, found {_describe(q)} and {_describe(k)}")
+        raise ValueError(
+            f"q and k must share one of fp32, bf16, fp16 on the CPU, found {_describe(q)} and {_describe(k)}"
+        )
     fits = q.dim() == k.dim() == 4 and q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3] and k.shape[1] > 0
     if not fits or q.shape[1] % k.shape[1] or not min(*q.shape, *k.shape):
         raise ValueError(
@@ -229,16 +236,12 @@ def _selection(
     return selection, keep_alive
 
 
-@functools.cache
-def _function(isa: str | None, name: str) -> ctypes._CFuncPtr | None:
-    library = cpu_build.load(isa)
-    return None if library is None else getattr(library, name)
-
-
 def _call(isa: str | None, name: str, *args: object) -> None:
-    function = _function(isa, name)
-    if function is None:
+    library = cpu_build.load(isa)
+    if library is None:
         raise RuntimeError("blade's C++ kernels could not be built here: see the warning of the logger blade_compile")
-    status = function(*args, ctypes.c_void_p(cpu_build.parallel_for()))
+    status = getattr(library, name)(*args, ctypes.c_void_p(cpu_build.parallel_for()))
     if status == _NO_MEMORY:
         raise MemoryError(f"{name}: no memory for one strip per thread")
+    if status:
+        raise ValueError("a sampled position is not a token: positions must be below the number of tokens, -1 for none")

@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 
 import pytest
+
 from blade_compile.kernels import cpu_build
 
 SOURCE = 'extern "C" int blade_answer() { return 42; }\n'
@@ -29,7 +30,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (sources / "cpu_probe.cpp").write_text(SOURCE)
     log.touch()
     real = cpu_build._find_compiler()[0]
-    compiler.write_text(f'#!/bin/sh\ncase "$*" in *cpu_probe*) echo "$*" >> {log};; esac\nexec {real} "$@"\n')
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in *cpu_probe.cpp*) echo "$*" >> {log};; esac\nexec {real} "$@"\n')
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("BLADE_CACHE_DIR", str(tmp_path / "cache"))
