@@ -178,7 +178,8 @@ def _call(name: str, problem: _Problem, arguments: tuple[_Tensor | int | None, .
     where = f"batch {bad.batch}, head {bad.head}, query block {bad.row}"
     if status == _BAD_COUNT:
         raise ValueError(
-            f"kv_num_blocks holds {bad.value} at {where}; valid are 0 to {problem.lists.capacity}, the last size of kv_indices."
+            f"kv_num_blocks holds {bad.value} at {where}; valid are 0 to {problem.lists.capacity}, "
+            "the last size of kv_indices."
         )
     if status == _BAD_INDEX:
         raise ValueError(
