@@ -193,7 +193,7 @@ def _check_inputs(
         blocks = (q.shape[1], -(-tokens // block_size))
         if positions.dim() != 3 or positions.shape[:2] != blocks or not 1 <= positions.shape[2] <= block_size:
             raise ValueError(
-                f"{name} must be [H, nB, p] with H, nB = {blocks} and p in 1..{block_size}, found {_describe(positions)}"
+                f"{name} must be [H, nB, p], (H, nB) = {blocks}, p in 1..{block_size}, found {_describe(positions)}"
             )
     if key_bias is not None:
         full = (q.shape[0], q.shape[1], k.shape[2])
