@@ -33,6 +33,7 @@ logger = logging.getLogger("blade_compile")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_HEAD_DIM = 256
 REWRITTEN = "rewritten"
+_OWNER = "blade_custom_autograd"
 
 _OPAQUE_KINDS = {
     "multi_head_attention_forward": "mha",
@@ -103,6 +104,7 @@ def find_sites(graph_or_module: Any, *, fake_mode: Any = None) -> list[Attention
     graph = graph_or_module.graph if isinstance(graph_or_module, fx.GraphModule) else graph_or_module
     if not may_hold_attention(graph):
         return []
+    mark_custom_autograd(graph)
     sites = [_refused(node, "flex", Refusal("flex")) for node in graph.nodes if _is_flex(node)]
     shadow = _shadow(graph, fake_mode)
     lineage = _lineage(shadow)
@@ -110,10 +112,34 @@ def find_sites(graph_or_module: Any, *, fake_mode: Any = None) -> list[Attention
         site = _read(shadow, lineage, node)
         if site is not None:
             sites.append(site)
+    owner = (graph.owning_module.meta if graph.owning_module is not None else {}).get(_OWNER)
+    if owner is not None:
+        for site in sites:
+            site.refuse("autograd-function", owner)
     position = {node: index for index, node in enumerate(graph.nodes)}
     sites.sort(key=lambda site: position.get(site.node, 0))
     _name_apart(sites)
     return sites
+
+
+def mark_custom_autograd(graph_or_module: Any) -> None:
+    """Mark the bodies of ``autograd.Function`` calls: their backward is the user's, so their forward must stay.
+
+    A body looks like any other graph once it is handed to a pass, and Inductor hands over bodies before the graph that
+    calls them; so a backend calls this on the whole graph first.
+    """
+    graph = graph_or_module.graph if isinstance(graph_or_module, fx.GraphModule) else graph_or_module
+    for node in graph.nodes:
+        if node.op != "get_attr" or graph.owning_module is None:
+            continue
+        body = getattr(graph.owning_module, str(node.target), None)
+        if not isinstance(body, fx.GraphModule):
+            continue
+        if any(getattr(user.target, "__name__", "") == "autograd_function_apply" for user in node.users):
+            for inner in body.modules():
+                if isinstance(inner, fx.GraphModule):
+                    inner.meta[_OWNER] = "tensors"
+        mark_custom_autograd(body)
 
 
 def may_hold_attention(graph: fx.Graph) -> bool:
@@ -253,11 +279,10 @@ def _axis(found: Match, operand: Operand, dim: Dim) -> int | None:
 
 def _name_apart(sites: list[AttentionSite]) -> None:
     """Several calls in one module are told apart by #1, #2."""
+    for site in sites:
+        site.name = site.name or site.kind
     total, seen = Counter(site.name for site in sites), Counter[str]()
     for site in sites:
-        base = site.name or site.kind
         if total[site.name] > 1:
             seen[site.name] += 1
-            site.name = f"{base}#{seen[site.name]}"
-        else:
-            site.name = base
+            site.name = f"{site.name}#{seen[site.name]}"

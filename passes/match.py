@@ -103,8 +103,10 @@ def _sdpa_operands(
     """Layouts of [..., S, D], [..., T, D] and [..., T, E] (or [B, S, H, D]); grouped heads share their outer part."""
     shapes = [shape_of(x) if heads_first else _swapped(shape_of(x)) for x in (q, k, v)]
     ends = [roles.new(size) for size in (shapes[0][-2], shapes[1][-2], shapes[0][-1], shapes[2][-1])]
-    if not all(ends):
-        raise Refusal("head-dim" if ends[0] and ends[1] else "unreadable", "a size of 1")
+    if not ends[0] or not ends[1]:
+        raise Refusal("too-short", "a single token attends or is attended to")
+    if not ends[2] or not ends[3]:
+        raise Refusal("head-dim", "1")
     s, t, d, e = (dim[0] for dim in ends)
     roles.whole.update((s, t, d, e))
     rows = [_left_padded(shape[:-2], 1) for shape in shapes]

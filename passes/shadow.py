@@ -201,7 +201,10 @@ def _memory(value: Any) -> int | None:
     """A number for the storage behind a fake tensor; views share it, and ``meta`` keeps it alive."""
     if not isinstance(value, torch.Tensor) or is_traceable_wrapper_subclass(value) or value.layout != torch.strided:
         return None
-    return value.untyped_storage()._cdata
+    try:
+        return value.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # values inside vmap have none of their own
+        return None
 
 
 def _data_dependent(value: Any) -> bool:
