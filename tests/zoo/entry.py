@@ -49,6 +49,7 @@ class Entry:
         backward: whether the conformance run compares parameter gradients too.
         not_self: calls with as many keys as queries that are nevertheless not plain self-attention over tokens.
         long_keys: calls whose queries are a prefix or suffix of longer keys: self-attention all the same.
+        codes: the report's code of each site, where it is known beforehand; None: judged by the eager calls.
         notes: what is particular about it, for the table.
     """
 
@@ -61,6 +62,7 @@ class Entry:
     backward: bool = False
     not_self: int = 0
     long_keys: int = 0
+    codes: tuple[str, ...] | None = None
     notes: str = ""
 
 

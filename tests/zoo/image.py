@@ -185,8 +185,8 @@ def bria_fibo2() -> Entry:
         "axes_dims": (8, 12, 12),
         "axes_lens": (64, 64, 64),
     }
-    notes = "a resampler of the text, then gist tokens before the image"
-    return diffusers_entry("BriaFibo2Transformer2DModel", FAMILY, config, inputs, warm=True, notes=notes)
+    notes = "a resampler over text of the same length (cross), then gist tokens before the image"
+    return diffusers_entry("BriaFibo2Transformer2DModel", FAMILY, config, inputs, warm=True, not_self=1, notes=notes)
 
 
 def chroma(masked: bool) -> Entry:

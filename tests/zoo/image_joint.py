@@ -341,7 +341,9 @@ def qwen_image21() -> Entry:
         "axes_dims_rope": (8, 12, 12),
     }
     notes = "block-causal, as one call for each segment, queries a suffix of the keys"
-    return diffusers_entry("QwenImage21Transformer2DModel", FAMILY, config, inputs, fullgraph=False, notes=notes)
+    return diffusers_entry(
+        "QwenImage21Transformer2DModel", FAMILY, config, inputs, fullgraph=False, long_keys=4, notes=notes
+    )
 
 
 def z_image() -> Entry:

@@ -65,8 +65,8 @@ def consisid() -> Entry:
         "LFE_ff_mult": 2,
         "LFE_num_scale": 1,
     }
-    notes = "hand-written perceiver attention to a face"
-    return diffusers_entry("ConsisIDTransformer3DModel", FAMILY, config, inputs, notes=notes)
+    notes = "hand-written perceiver attention to a face, its queries a suffix of the keys"
+    return diffusers_entry("ConsisIDTransformer3DModel", FAMILY, config, inputs, long_keys=1, notes=notes)
 
 
 def allegro() -> Entry:

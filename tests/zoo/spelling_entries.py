@@ -1,0 +1,42 @@
+"""The hand-written spellings of attention as entries: each is a function of tensors with at most one attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tests.passes.spellings import LEFT_ALONE, REWRITTEN, Spelling
+from tests.zoo.entry import Entry, Inputs
+
+FAMILY = "spellings"
+
+
+class Spelled(nn.Module):
+    """A spelling's function as a module."""
+
+    def __init__(self, spelling: Spelling) -> None:
+        super().__init__()
+        self.spelling_call = spelling.call
+
+    def forward(self, *tensors: Tensor) -> Any:
+        return self.spelling_call(*tensors)
+
+
+def _entry(spelling: Spelling) -> Entry:
+    def inputs(seed: int) -> Inputs:
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(seed)
+            return spelling.inputs(), {}
+
+    return Entry(
+        name=f"spelling: {spelling.name}",
+        build=lambda: Spelled(spelling).eval(),
+        inputs=inputs,
+        family=FAMILY,
+        codes=(spelling.code,) if spelling.code is not None else (),
+    )
+
+
+ENTRIES = [_entry(spelling) for spelling in (*REWRITTEN, *LEFT_ALONE)]
