@@ -72,7 +72,9 @@ def split_options(mode: str | None, options: Mapping[str, Any] | None) -> tuple[
             inductor[key] = value
         else:
             hint = nearest(key, (*BladeConfig.names(), *known))
-            raise BladeOptionError(f"unknown option {key!r}: neither a field of BladeConfig nor an Inductor config key{hint}")
+            raise BladeOptionError(
+                f"unknown option {key!r}: neither a field of BladeConfig nor an Inductor config key{hint}"
+            )
     try:
         config = BladeConfig.of(ours)
     except ValueError as error:
@@ -93,7 +95,7 @@ def inductor_options(
 ) -> dict[str, Any]:
     """Inductor options that carry blade's passes, for the routes that don't call a backend.
 
-    Example: ``torch._inductor.aoti_compile_and_package(exported, inductor_configs=inductor_options({"sparsity": 0.8}))``.
+    For example ``aoti_compile_and_package(exported, inductor_configs=inductor_options({"sparsity": 0.8}))``.
     """
     config, patches = BladeConfig.of(config), dict(inductor or {})
     if os.environ.get("BLADE_DISABLE") == "1":
@@ -103,7 +105,7 @@ def inductor_options(
         from .settings import settings_of
 
         return pipeline.inductor_patches(settings_of(config), patches)
-    except Exception as error:  # an odd torch build must not take the user's program down
+    except Exception as error:  # noqa: BLE001 (an odd torch build must not take the user's program down)
         logger.warning("blade is off (%s: %s); the model is compiled by plain Inductor.", type(error).__name__, error)
         logger.debug("details", exc_info=True)
         return patches

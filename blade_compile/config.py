@@ -47,7 +47,7 @@ class BladeConfig:
     grid: tuple[int, int, int] | None = None
     "token grid (T, H, W)"
     protect: str | tuple[tuple[int, int], ...] = "auto"
-    "tokens never dropped: ``auto`` (found in the graph) or (start, length) ranges; a negative start counts from the end"
+    "tokens never dropped: ``auto`` (found in the graph) or (start, length) ranges; start < 0 counts from the end"
     when: str = "auto"
     "``auto``: sparse where predicted faster; ``always``: the block path everywhere; ``never``: dense"
     min_tokens: int = 2048
@@ -100,11 +100,14 @@ class BladeConfig:
                 raise ValueError(f"{name}={value!r}; valid are {', '.join(map(repr, choices))}.")
         if self.policy not in AVAILABLE_POLICIES:
             raise ValueError(
-                f"policy={self.policy!r} is not available in this version; use one of {', '.join(map(repr, AVAILABLE_POLICIES))}."
+                f"policy={self.policy!r} is not available in this version; "
+                f"use one of {', '.join(map(repr, AVAILABLE_POLICIES))}."
             )
         for name, inactive in (("order", "none"), ("grid", None), ("preset", None), ("calibration", None)):
             if getattr(self, name) != inactive:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not available in this version; leave it at {inactive!r}.")
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is not available in this version; leave it at {inactive!r}."
+                )
 
     def _check_numbers(self) -> None:
         if self.block_size is not None and (self.block_size not in BLOCK_SIZES or isinstance(self.block_size, bool)):
@@ -125,8 +128,8 @@ class BladeConfig:
         changed = [name for name, default in _TAU_FIELDS.items() if getattr(self, name) != default]
         if changed:
             raise ValueError(
-                f"sparsity={self.sparsity} together with {', '.join(changed)}: sparsity fixes the budget and these choose it; "
-                "give one or the other."
+                f"sparsity={self.sparsity} together with {', '.join(changed)}: sparsity fixes the budget, "
+                "and these choose it; give one or the other."
             )
 
 
@@ -142,7 +145,8 @@ def nearest(key: str, names: Iterable[str]) -> str:
 def _check_number(name: str, value: Any, low: float, high: float, *, low_open: bool, high_open: bool) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not (low <= value <= high) or (low_open and value == low) or (high_open and value == high):
-        raise ValueError(f"{name}={value!r}; valid is a number in {'(' if low_open else '['}{low:g}, {high:g}{')' if high_open else ']'}.")
+        interval = f"{'(' if low_open else '['}{low:g}, {high:g}{')' if high_open else ']'}"
+        raise ValueError(f"{name}={value!r}; valid is a number in {interval}.")
 
 
 def _check_integer(name: str, value: Any, low: int, high: int) -> None:
@@ -165,7 +169,12 @@ def _ranges(value: Any) -> str | tuple[tuple[int, int], ...]:
         raise ValueError(problem)
     ranges = []
     for item in value:
-        if not isinstance(item, (list, tuple)) or len(item) != 2 or not all(type(n) is int for n in item) or item[1] < 0:
+        if (
+            not isinstance(item, (list, tuple))
+            or len(item) != 2
+            or not all(type(n) is int for n in item)
+            or item[1] < 0
+        ):
             raise ValueError(problem)
         ranges.append((item[0], item[1]))
     return tuple(ranges)

@@ -115,7 +115,9 @@ def _protected(cfg: BladeConfig, num_tokens: int) -> list[int]:
     for start, length in cfg.protect:
         begin = start if start >= 0 else start + num_tokens
         if begin < 0 or begin + length > num_tokens:
-            raise ValueError(f"protect range ({start}, {length}) doesn't lie inside the {num_tokens} tokens; shorten or move it.")
+            raise ValueError(
+                f"protect range ({start}, {length}) doesn't lie inside the {num_tokens} tokens; shorten or move it."
+            )
     return [number for item in cfg.protect for number in item]
 
 

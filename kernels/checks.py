@@ -15,17 +15,21 @@ def attention(q: Tensor, k: Tensor, v: Tensor | None, key_mask: Tensor | None, b
     tensors = {"q": q, "k": k} | ({} if v is None else {"v": v})
     for name, x in tensors.items():
         if x.dim() != 4:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}; expected 4 dimensions [batch, heads, tokens, head_dim].")
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}; expected 4 dimensions [batch, heads, tokens, head_dim]."
+            )
         if x.dtype != q.dtype or x.device != q.device:
             raise ValueError(
-                f"{name} is {x.dtype} on {x.device} but q is {q.dtype} on {q.device}; give q, k and v one dtype and device."
+                f"{name} is {x.dtype} on {x.device} but q is {q.dtype} on {q.device}; "
+                "give q, k and v one dtype and device."
             )
     if q.dtype not in DTYPES:
         raise ValueError(f"q is {q.dtype}; valid are {', '.join(map(str, DTYPES))}. Cast q, k and v.")
     (B, H, _, D), (Bk, Hkv, T, Dk) = q.shape, k.shape
     if B != Bk or D != Dk or Hkv == 0 or H % Hkv:
         raise ValueError(
-            f"q {tuple(q.shape)} and k {tuple(k.shape)} don't fit: batch and head_dim must be equal and q's heads a multiple of k's."
+            f"q {tuple(q.shape)} and k {tuple(k.shape)} don't fit: "
+            "batch and head_dim must be equal and q's heads a multiple of k's."
         )
     if v is not None and v.shape != k.shape:
         raise ValueError(f"v has shape {tuple(v.shape)} and k {tuple(k.shape)}; they must be equal.")
@@ -43,7 +47,9 @@ def _key_mask(key_mask: Tensor, B: int, H: int, T: int, device: torch.device) ->
     if len(shape) not in (2, 3) or shape[-1] != T or shape[0] not in (1, B) or (heads and heads[0] not in (1, H)):
         raise ValueError(f"key_mask has shape {shape}; expected [{B} or 1, {T}] or [{B} or 1, {H} or 1, {T}].")
     if key_mask.dtype != torch.bool and not key_mask.is_floating_point():
-        raise ValueError(f"key_mask is {key_mask.dtype}; expected bool (True: attend) or a float that is added to the scores.")
+        raise ValueError(
+            f"key_mask is {key_mask.dtype}; expected bool (True: attend) or a float that is added to the scores."
+        )
     if key_mask.device != device:
         raise ValueError(f"key_mask is on {key_mask.device} but q is on {device}; move it there.")
 
@@ -62,5 +68,6 @@ def lists(q: Tensor, k: Tensor, kv_num_blocks: Tensor, kv_indices: Tensor, block
             )
     if kv_num_blocks.shape != kv_indices.shape[:3]:
         raise ValueError(
-            f"kv_num_blocks {tuple(kv_num_blocks.shape)} and kv_indices {tuple(kv_indices.shape)} differ in their first three sizes."
+            f"kv_num_blocks {tuple(kv_num_blocks.shape)} and kv_indices {tuple(kv_indices.shape)} "
+            "differ in their first three sizes."
         )

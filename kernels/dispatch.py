@@ -55,7 +55,9 @@ def decide(q: Tensor, k: Tensor, block_size: int, probe_tokens: int, kept: float
     return cost.choose(family(q.device, q.dtype), dtype, (B, H, S, T, D, block_size), probe_tokens, kept)
 
 
-def _expected_density(q: Tensor, k: Tensor, sel: Selection, forced_q: Tensor | None, forced_k: Tensor | None, site: str) -> float:
+def _expected_density(
+    q: Tensor, k: Tensor, sel: Selection, forced_q: Tensor | None, forced_k: Tensor | None, site: str
+) -> float:
     nK = -(-k.shape[2] // sel.block_size)
     if sel.sparsity is not None:
         share = reference.keep_count(1 - sel.sparsity, nK) / nK
@@ -108,7 +110,13 @@ def predict(
 
 
 def _select(
-    q: Tensor, k: Tensor, bias: Tensor | None, scale: float, sel: Selection, forced_q: Tensor | None, forced_k: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    sel: Selection,
+    forced_q: Tensor | None,
+    forced_k: Tensor | None,
 ) -> tuple[Tensor, Tensor, str]:
     chosen = {"sparsity": sel.sparsity, "tau": sel.tau, "min_keep": sel.min_keep, "max_keep": sel.max_keep}
     if _kernel_runs(q):
@@ -122,7 +130,9 @@ def _select(
         return num, idx, f"cpu-{cpu_build.loaded_isa()}"
     parts = [
         reference.select_blocks(
-            reference.probe_map(q[b : b + 1], k[b : b + 1], _row(bias, b), scale, sel.block_size, sel.probe_tokens, sel.seed),
+            reference.probe_map(
+                q[b : b + 1], k[b : b + 1], _row(bias, b), scale, sel.block_size, sel.probe_tokens, sel.seed
+            ),
             **chosen,
             force_q=forced_q,
             force_k=forced_k,
@@ -139,7 +149,9 @@ def _row(bias: Tensor | None, b: int) -> Tensor | None:
 _positions: dict[tuple[int, int, int, int, int, str], Tensor] = {}
 
 
-def positions_cached(num_tokens: int, block_size: int, probe_tokens: int, num_heads: int, seed: int, side: str) -> Tensor:
+def positions_cached(
+    num_tokens: int, block_size: int, probe_tokens: int, num_heads: int, seed: int, side: str
+) -> Tensor:
     """`reference.probe_positions` on the CPU, remembered: it depends on sizes alone."""
     key = (num_tokens, block_size, probe_tokens, num_heads, seed, side)
     found = _positions.get(key)
@@ -155,7 +167,16 @@ def _kernel_runs(q: Tensor) -> bool:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, num: Tensor, idx: Tensor, key_mask: Tensor | None, scale: float, block_size: int, *, auto: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    num: Tensor,
+    idx: Tensor,
+    key_mask: Tensor | None,
+    scale: float,
+    block_size: int,
+    *,
+    auto: bool,
 ) -> tuple[Tensor, Tensor, str]:
     """Out in the flash layout, LSE, and what ran. ``auto``: full lists may run as dense SDPA where that is faster."""
     if auto and _runs_dense(q, k, num, block_size):
@@ -187,7 +208,8 @@ def attend_backward(
 
 def _runs_dense(q: Tensor, k: Tensor, num: Tensor, block_size: int) -> bool:
     """Whether lists that keep everything should run as SDPA. Counting them would stall an accelerator: there the
-    prediction just made on this thread decides."""
+    prediction just made on this thread decides.
+    """
     if q.device.type != "cpu":
         return getattr(_decided, "choice", "sparse") == "sdpa"
     nK = -(-k.shape[2] // block_size)

@@ -27,7 +27,7 @@ def full_lists(B: int, H: int, nQ: int, nK: int, device: torch.device) -> tuple[
 
 
 def forced_blocks(ranges: list[int], num_tokens: int, block_size: int, device: torch.device) -> Tensor | None:
-    """Blocks that hold a token of the flat (start, length, start, length, ...) ranges: bool [nB], None if there are none.
+    """Blocks that hold a token of the flat (start, length, start, length, ...) ranges: bool [nB], None for no token.
 
     A negative start counts from the end; what lies outside the tokens is cut off.
     """

@@ -60,5 +60,5 @@ def listening() -> bool:
 
 def notify(event: Event) -> None:
     """Give an event to every open recorder."""
-    for events in list(_listeners):
+    for events in _listeners:
         events.append(event)

@@ -78,7 +78,16 @@ def _mask_predict(
     checks.attention(q, k, None, key_mask, block_size)
     sel = dispatch.Selection(sparsity, tau, min_keep, max_keep, block_size, probe_tokens, seed)
     num, idx, path = dispatch.predict(
-        q, k, key_mask, _scale(scale, q), sel, protect_q or [], protect_k or [], auto=when == "auto", min_tokens=min_tokens, site=site
+        q,
+        k,
+        key_mask,
+        _scale(scale, q),
+        sel,
+        protect_q or [],
+        protect_k or [],
+        auto=when == "auto",
+        min_tokens=min_tokens,
+        site=site,
     )
     if observe.listening():
         observe.notify(observe.Event("mask_predict", site, path, (q, k), num, idx, block_size))
@@ -128,7 +137,9 @@ def _block_sparse_attention_backward(
     )
     if observe.listening():
         path = dispatch.family(q.device, q.dtype)
-        event = observe.Event("block_sparse_attention_backward", site, path, (q, k, v), kv_num_blocks, kv_indices, block_size)
+        event = observe.Event(
+            "block_sparse_attention_backward", site, path, (q, k, v), kv_num_blocks, kv_indices, block_size
+        )
         observe.notify(event)
     return grads
 
@@ -149,7 +160,9 @@ def _flash_layout(like: Tensor) -> Tensor:
     return like.new_empty((B, N, H, D)).transpose(1, 2)
 
 
-def _mask_predict_fake(q: Tensor, k: Tensor, *args: Any, block_size: int | None = None, **kwargs: Any) -> tuple[Tensor, Tensor]:
+def _mask_predict_fake(
+    q: Tensor, k: Tensor, *args: Any, block_size: int | None = None, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
     block = block_size if block_size is not None else (args[8] if len(args) > 8 else 128)
     B, H, S, _ = q.shape
     nQ, nK = (S + block - 1) // block, (k.shape[2] + block - 1) // block
@@ -169,7 +182,9 @@ def _block_sparse_attention_backward_fake(
 
 torch.library.register_fake("blade::mask_predict", _mask_predict_fake, lib=library)
 torch.library.register_fake("blade::block_sparse_attention", _block_sparse_attention_fake, lib=library)
-torch.library.register_fake("blade::block_sparse_attention_backward", _block_sparse_attention_backward_fake, lib=library)
+torch.library.register_fake(
+    "blade::block_sparse_attention_backward", _block_sparse_attention_backward_fake, lib=library
+)
 
 
 # --- autograd --------------------------------------------------------------------------------------------------------
@@ -274,7 +289,7 @@ def _sparse_sdpa(
 library.impl("sparse_sdpa", _sparse_sdpa, "CompositeImplicitAutograd")
 
 
-# --- autocast: like F.scaled_dot_product_attention, run in the autocast dtype -------------------------------------------
+# --- autocast: like F.scaled_dot_product_attention, run in the autocast dtype ---------------------------------------
 
 
 def _autocast(op: Any, device: str, num_tensors: int) -> Any:

@@ -27,7 +27,13 @@ def _hash32(x: Tensor) -> Tensor:
 
 
 def probe_positions(
-    num_tokens: int, block_size: int, probe_tokens: int, num_heads: int, seed: int, side: str, device: torch.device | None = None
+    num_tokens: int,
+    block_size: int,
+    probe_tokens: int,
+    num_heads: int,
+    seed: int,
+    side: str,
+    device: torch.device | None = None,
 ) -> Tensor:
     """Token indices that the probe reads, [H, nB, p] int64; -1 fills a last block of fewer than p tokens.
 

@@ -84,7 +84,7 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _never_gains(site: AttentionSite, settings: Settings) -> bool:
-    """Whether, at these static sizes, SDPA is predicted fastest. With symbolic sizes the operator decides as it runs."""
+    """Whether SDPA is predicted fastest at static sizes. With symbolic sizes the operator decides as it runs."""
     sizes = (site.B, site.H, site.S, site.T, site.D)
     if not all(type(size) is int for size in sizes):
         return False
@@ -95,5 +95,7 @@ def _never_gains(site: AttentionSite, settings: Settings) -> bool:
         kept = reference.keep_count(settings.min_keep, nK) / nK
     device = site.device if isinstance(site.device, torch.device) else torch.device(site.device)
     dtype = str(site.dtype).removeprefix("torch.")
-    choice = cost.choose(dispatch.family(device, site.dtype), dtype, (*sizes, settings.block_size), settings.probe_tokens, kept)
+    choice = cost.choose(
+        dispatch.family(device, site.dtype), dtype, (*sizes, settings.block_size), settings.probe_tokens, kept
+    )
     return choice == "sdpa"

@@ -33,7 +33,9 @@ logger = logging.getLogger("blade_compile")
 class SparseAttentionPass(CustomGraphPass):
     """Rewrites the attention sites that gain; everything else in the graph stays as it is."""
 
-    def __init__(self, settings: Settings, key: str, on_sites: Callable[[list[AttentionSite]], None] | None = None) -> None:
+    def __init__(
+        self, settings: Settings, key: str, on_sites: Callable[[list[AttentionSite]], None] | None = None
+    ) -> None:
         self.settings = settings
         self.key = key
         self.on_sites = on_sites  # the report's ear; not used in compiled models, where a cache hit skips the pass
@@ -45,7 +47,7 @@ class SparseAttentionPass(CustomGraphPass):
         start = time.perf_counter()
         try:
             sites = find_sites(graph)
-        except Exception as error:  # a user's program never breaks because of us
+        except Exception as error:  # noqa: BLE001 (a user's program never breaks because of us)
             warn_unreadable(error)
             return
         for site in sites:
@@ -89,7 +91,8 @@ def warn_unreadable(error: Exception) -> None:
     """The one warning for a model that can't be read."""
     logger.debug("the graph could not be read", exc_info=error)
     warn_unreadable_once(
-        f"blade could not read a graph of this model ({type(error).__name__}: {error}); it is compiled by plain Inductor."
+        f"blade could not read a graph of this model ({type(error).__name__}: {error}); "
+        "it is compiled by plain Inductor."
     )
 
 

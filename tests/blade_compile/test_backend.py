@@ -42,14 +42,23 @@ def test_sparse_settings_change_it_and_keep_their_density() -> None:
     assert [event.density for event in events] == [0.5] * 4
 
 
+def gradients(
+    model: torch.nn.Module, args: tuple[torch.Tensor, ...], options: dict[str, object] | None = None
+) -> dict[str, torch.Tensor]:
+    model = copy.deepcopy(model)
+    run = model if options is None else torch.compile(model, backend="blade", options=options, fullgraph=True)
+    run(*args).square().sum().backward()
+    return {name: p.grad.double() for name, p in model.named_parameters()}
+
+
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
-def test_training_equals_eager(checkpointed: bool) -> None:
+def test_training_is_as_exact_as_eager(checkpointed: bool) -> None:
     model, args = TinyDiT(checkpointed=checkpointed), inputs()
-    twin = copy.deepcopy(model)
-    torch.compile(model, backend="blade", options=DENSE, fullgraph=True)(*args).square().sum().backward()
-    twin(*args).square().sum().backward()
-    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+    exact = gradients(copy.deepcopy(model).double(), tuple(x.double() for x in args))
+    plain, got = gradients(model, args), gradients(model, args, DENSE)
+    for name, want in exact.items():
+        error, allowed = (got[name] - want).norm(), 2 * (plain[name] - want).norm() + 1e-6 * want.norm()
+        assert error <= allowed, f"{name}: {error:.1e} of {allowed:.1e}"
 
 
 def test_checkpointing_predicts_each_mask_once() -> None:
@@ -66,14 +75,25 @@ def test_ten_lengths_compile_at_most_twice() -> None:
     options = {**DENSE, "when": "auto", "min_tokens": 100}  # some lengths are below, some above
     count = 0
 
-    def backend(gm, example_inputs):  # noqa: ANN001, ANN202
+    def backend(gm, example_inputs):
         nonlocal count
         count += 1
         return blade(gm, example_inputs, options=options)
 
     compiled = torch.compile(model, backend=backend, dynamic=True)
     with torch.no_grad():
-        for S in (64, 97, 96, 111, 128, 63, 200, 33, 257, 90):
+        for S in (
+            66,
+            97,
+            96,  # not 64: a length equal to a width would share its symbol
+            111,
+            128,
+            63,
+            200,
+            33,
+            257,
+            90,
+        ):
             args = inputs(S)
             torch.testing.assert_close(compiled(*args), model(*args), rtol=1e-4, atol=1e-5)
     assert count <= 2
@@ -189,14 +209,17 @@ torch.manual_seed(0)
 model, args = TinyDiT(layers=1), inputs()
 with torch.no_grad(), observe.record() as events:
     torch.compile(model, backend="blade", options={**HALF, "sparsity": float(sys.argv[1])})(*args)
-print(json.dumps({"hits": counters["inductor"]["fxgraph_cache_hit"], "misses": counters["inductor"]["fxgraph_cache_miss"],
-                  "density": [e.density for e in events if e.op == "mask_predict"]}))
+density = [event.density for event in events if event.op == "mask_predict"]
+print(json.dumps({"hits": counters["inductor"]["fxgraph_cache_hit"], "density": density}))
 """
 
 
 def test_a_second_process_hits_the_cache_and_other_options_miss(tmp_path: Path) -> None:
     env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_FX_GRAPH_CACHE": "1"}
-    env |= {"TORCHINDUCTOR_AUTOGRAD_CACHE": "0", "BLADE_CACHE_DIR": os.environ.get("BLADE_CACHE_DIR", str(ROOT / ".cache" / "blade"))}
+    env |= {
+        "TORCHINDUCTOR_AUTOGRAD_CACHE": "0",
+        "BLADE_CACHE_DIR": os.environ.get("BLADE_CACHE_DIR", str(ROOT / ".cache" / "blade")),
+    }
 
     def run(sparsity: str) -> dict[str, object]:
         command = [sys.executable, "-c", _SECOND_PROCESS, sparsity]

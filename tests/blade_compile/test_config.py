@@ -14,7 +14,13 @@ from blade_compile.errors import BladeOptionError
 
 def test_defaults_are_the_contracts() -> None:
     config = BladeConfig()
-    assert (config.policy, config.sparsity, config.tau, config.min_keep, config.max_keep) == ("asa", None, 0.95, 0.05, 1.0)
+    assert (config.policy, config.sparsity, config.tau, config.min_keep, config.max_keep) == (
+        "asa",
+        None,
+        0.95,
+        0.05,
+        1.0,
+    )
     assert (config.block, config.probe_tokens, config.seed, config.min_tokens) == (128, 16, 0, 2048)
     assert (config.order, config.grid, config.protect, config.when) == ("none", None, "auto", "auto")
 

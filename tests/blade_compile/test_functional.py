@@ -70,13 +70,17 @@ def test_additive_and_bool_masks_agree() -> None:
     q, k, v = qkv()
     mask = torch.rand(2, 256) > 0.5
     bias = torch.zeros(2, 256).masked_fill(~mask, -torch.inf)
-    a, b = (blade_compile.sparse_attention(q, k, v, key_mask=m, config={**ALWAYS, "sparsity": 0.5}) for m in (mask, bias))
+    a, b = (
+        blade_compile.sparse_attention(q, k, v, key_mask=m, config={**ALWAYS, "sparsity": 0.5}) for m in (mask, bias)
+    )
     assert torch.equal(a, b)
 
 
 def test_inside_a_compiled_function() -> None:
     q, k, v = qkv()
-    f = torch.compile(lambda a, b, c: blade_compile.sparse_attention(a, b, c, config={**ALWAYS, "sparsity": 0.5}) * 2, fullgraph=True)
+    f = torch.compile(
+        lambda a, b, c: blade_compile.sparse_attention(a, b, c, config={**ALWAYS, "sparsity": 0.5}) * 2, fullgraph=True
+    )
     assert torch.equal(f(q, k, v), blade_compile.sparse_attention(q, k, v, config={**ALWAYS, "sparsity": 0.5}) * 2)
 
 

@@ -50,7 +50,9 @@ def test_map_with_every_token_sampled_is_the_pooled_softmax() -> None:
 
 def test_padding_edge_is_never_lost() -> None:
     q, k = torch.randn(1, 1, 64, 16), torch.randn(1, 1, 128, 16)
-    open_key = next(t for t in range(32, 64) if t not in reference.probe_positions(128, 32, 4, 1, 0, "k")[0, 1].tolist())
+    open_key = next(
+        t for t in range(32, 64) if t not in reference.probe_positions(128, 32, 4, 1, 0, "k")[0, 1].tolist()
+    )
     mask = torch.zeros(1, 128, dtype=torch.bool)
     mask[0, :32], mask[0, open_key] = True, True
     block_map = reference.probe_map(q, k, mask, 0.25, 32, 4, 0)
@@ -65,7 +67,9 @@ def test_sparsity_keeps_the_best_and_breaks_ties_low() -> None:
     assert num.item() == 2 and idx[0, 0, 0].tolist() == [1, 2, 0, 0, 0]
 
 
-@pytest.mark.parametrize(("tau", "kept"), [(0.5, [1]), (0.51, [1, 2]), (0.8, [1, 2]), (0.81, [1, 2, 3]), (1.0, [0, 1, 2, 3])])
+@pytest.mark.parametrize(
+    ("tau", "kept"), [(0.5, [1]), (0.51, [1, 2]), (0.8, [1, 2]), (0.81, [1, 2, 3]), (1.0, [0, 1, 2, 3])]
+)
 def test_tau_keeps_the_crossing_block(tau: float, kept: list[int]) -> None:
     block_map = torch.tensor([0, 40, 24, 16]).div(128).view(1, 1, 1, 4)
     num, idx = reference.select_blocks(block_map, tau=tau, min_keep=0.01)
