@@ -70,7 +70,7 @@ def _worst(forward: list[Row], backward: list[Row], scaling: list[Row]) -> list[
             (f"{threads} threads over one", f"{min(r['blade']['median'] for r in scaling):.2f}x", "1.8x for two")
         )
     title = f"Worst case of dtype and head dim at S = {AT[0]:,} and sparsity {AT[1]}"
-    return [*_table((title, "measured", "aim"), found), ""]
+    return [*table((title, "measured", "aim"), found), ""]
 
 
 def _forward_table(rows: list[Row]) -> list[str]:
@@ -107,7 +107,7 @@ def _forward_table(rows: list[Row]) -> list[str]:
                 f"{r['error']:.0e} ({r['dense_error']:.0e})",
             )
         )
-    return _table(head, body)
+    return table(head, body)
 
 
 def _backward_table(rows: list[Row]) -> list[str]:
@@ -125,12 +125,12 @@ def _backward_table(rows: list[Row]) -> list[str]:
         )
         for r in rows
     ]
-    return _table(head, body)
+    return table(head, body)
 
 
 def _scaling_table(rows: list[Row]) -> list[str]:
     head = ("dtype", "D", "S", "threads", "blade", "dense")
-    return _table(
+    return table(
         head, [(r["dtype"], r["D"], f"{r['S']:,}", r["threads"], _span(r["blade"]), _span(r["dense"])) for r in rows]
     )
 
@@ -139,7 +139,8 @@ def _span(summary: dict[str, float]) -> str:
     return f"{summary['median']:.2f}x ({summary['low']:.2f}-{summary['high']:.2f})"
 
 
-def _table(head: Iterable[str], body: Iterable[Iterable[Any]]) -> list[str]:
+def table(head: Iterable[str], body: Iterable[Iterable[Any]]) -> list[str]:
+    """Markdown lines."""
     names = list(head)
     lines = [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]
     return lines + [f"| {' | '.join(map(str, row))} |" for row in body]
