@@ -72,7 +72,8 @@ inline Status check_lists(const Problem& p, BadEntry* bad) {
 }
 
 // Key biases of tokens token0 .. token0+count in log2 units (0 without a bias); -inf from there to out[padded].
-inline void load_bias(const Problem& p, int64_t b, int64_t h, int64_t token0, int64_t count, int64_t padded, float* out) {
+inline void load_bias(const Problem& p, int64_t b, int64_t h, int64_t token0, int64_t count, int64_t padded,
+                      float* out) {
   std::fill(out + count, out + padded, -kInf);
   if (!p.bias) return std::fill(out, out + count, 0.f);
   const float* source = p.bias + b * p.bias_stride[0] + h * p.bias_stride[1] + token0 * p.bias_stride[2];
@@ -123,7 +124,9 @@ Rows token_rows(const Tensor& t, DType type, int64_t batch, int64_t heads, int64
                   (uintptr_t)t.data % 4 == 0;
   for (int i = 0; i < 3; i++) in_place = in_place && t.stride[i] % per_word == 0;
   if (in_place)
-    return Rows{(const uint32_t*)t.data, {t.stride[0] / per_word, t.stride[1] / per_word, t.stride[2] / per_word}, Buffer(0)};
+    return Rows{(const uint32_t*)t.data,
+                {t.stride[0] / per_word, t.stride[1] / per_word, t.stride[2] / per_word},
+                Buffer(0)};
   return build_rows(batch, heads, tokens, words<Pairs>(dim), parallel_for,
                     [&](int64_t b, int64_t h, int64_t row, uint32_t* out) {
                       load_words<Pairs>(t.at(type, b, h, row), type, t.stride[3], dim, out);
@@ -141,16 +144,19 @@ Rows summed_rows(const Tensor& t, DType type, int64_t batch, int64_t heads, int6
                       const int64_t s = t.stride[3];
                       const uint16_t* even = (const uint16_t*)t.at(type, b, h, 2 * row);
                       const uint16_t* odd = 2 * row + 1 < tokens ? even + t.stride[2] : nullptr;
-                      if (s == 1 && odd) for (int64_t d = 0; d < dim; d++) out[d] = even[d] | (uint32_t)odd[d] << 16;
-                      else for (int64_t d = 0; d < dim; d++) out[d] = even[d * s] | (odd ? (uint32_t)odd[d * s] << 16 : 0);
+                      if (s == 1 && odd)
+                        for (int64_t d = 0; d < dim; d++) out[d] = even[d] | (uint32_t)odd[d] << 16;
+                      else
+                        for (int64_t d = 0; d < dim; d++)
+                          out[d] = even[d * s] | (odd ? (uint32_t)odd[d * s] << 16 : 0);
                     });
 }
 
 // Accumulated lanes [dim][LANES], times factor[lane], to rows of a tensor with last stride 1. Scratch: staging is
 // LANES x round_up(dim, 16); lanes has round_up(dim, 16) rows. Lanes whose factor is 0 give 0, whatever they hold.
 template <int LANES>
-inline __attribute__((noinline)) void store_lanes(float* lanes, const float* factor, const Tensor& t, DType type, int64_t b, int64_t h,
-                        int64_t row0, int64_t rows, int64_t dim, float* staging) {
+BLADE_NOINLINE void store_lanes(float* lanes, const float* factor, const Tensor& t, DType type, int64_t b, int64_t h,
+                                int64_t row0, int64_t rows, int64_t dim, float* staging) {
   const int64_t padded = round_up(dim, 16);
   for (int64_t d = 0; d < dim; d++)
     for (int n = 0; n < LANES; n += kWidth) {

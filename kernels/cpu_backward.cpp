@@ -237,11 +237,11 @@ struct QueryGradients {  // pass 1: one task per (batch, head, query block)
       load_bias(p, b, h, key0, keys, p.block, s.bias);
       for (int u = 0; u < tiles; u++) {
         const Tile& t = s.tile[u];
-        product<Pairs, LANES>(keys, in.k_rows.at(b, kv, key0), in.k_rows.stride[2], 1, depth, t.q,
+        product<Pairs, LANES>(keys, in.k_rows.at(b, kv, key0), in.k_rows.stride[2], One{}, depth, t.q,
                               StoreWeights<Pairs, LANES>{s.weights, nullptr, c, s.bias, t.minus_lse});
-        product<Pairs, LANES>(keys, in.v_rows.at(b, kv, key0), in.v_rows.stride[2], 1, depth, t.grad,
+        product<Pairs, LANES>(keys, in.v_rows.at(b, kv, key0), in.v_rows.stride[2], One{}, depth, t.grad,
                               StoreScoreGradients<Pairs, LANES>{s.weights, s.zero, t.delta});
-        product<Pairs, LANES>((int)p.dim, in.k_sums.at(b, kv, Pairs ? key0 / 2 : key0), 1, in.k_sums.stride[2],
+        product<Pairs, LANES>((int)p.dim, in.k_sums.at(b, kv, Pairs ? key0 / 2 : key0), One{}, in.k_sums.stride[2],
                               words<Pairs>(keys), s.weights, Add<LANES>{t.dq});
       }
     }
@@ -327,13 +327,14 @@ struct KeyGradients {  // pass 2: one task per (batch, key head, key block), sum
     const int64_t query0 = block * p.block, pair0 = Pairs ? query0 / 2 : query0;
     const int queries = (int)p.queries_in(block);
     const int64_t depth = words<Pairs>(p.dim), summed = words<Pairs>(queries);
-    product<Pairs, LANES>(queries, in.q_rows.at(b, h, query0), in.q_rows.stride[2], 1, depth, t.k,
+    product<Pairs, LANES>(queries, in.q_rows.at(b, h, query0), in.q_rows.stride[2], One{}, depth, t.k,
                           StoreWeights<Pairs, LANES>{s.weights, s.paired, p.scale * kLog2e, s.minus_lse, t.bias});
-    product<Pairs, LANES>((int)p.dim, in.grad_sums.at(b, h, pair0), 1, in.grad_sums.stride[2], summed,
+    product<Pairs, LANES>((int)p.dim, in.grad_sums.at(b, h, pair0), One{}, in.grad_sums.stride[2], summed,
                           Pairs ? s.paired : s.weights, Add<LANES>{t.dv});
-    product<Pairs, LANES>(queries, in.grad_rows.at(b, h, query0), in.grad_rows.stride[2], 1, depth, t.v,
+    product<Pairs, LANES>(queries, in.grad_rows.at(b, h, query0), in.grad_rows.stride[2], One{}, depth, t.v,
                           StoreScoreGradients<Pairs, LANES>{s.weights, s.delta, s.zero});
-    product<Pairs, LANES>((int)p.dim, in.q_sums.at(b, h, pair0), 1, in.q_sums.stride[2], summed, s.weights, Add<LANES>{t.dk});
+    product<Pairs, LANES>((int)p.dim, in.q_sums.at(b, h, pair0), One{}, in.q_sums.stride[2], summed, s.weights,
+                          Add<LANES>{t.dk});
   }
 };
 
@@ -361,7 +362,8 @@ extern "C" int32_t blade_attention_backward(const blade::Problem* problem, const
     const TransposedLists lists(p);
     const Inputs<Pairs> in(p, *out, *grad_out, lse, grad_lse, parallel_for);
     const QueryGradients<Pairs, LANES> query_pass{in, *dq};
-    if (const Status status = run_pass(query_pass, p.batch * p.heads * p.lists.query_blocks, parallel_for)) return status;
+    const int64_t query_tasks = p.batch * p.heads * p.lists.query_blocks;
+    if (const Status status = run_pass(query_pass, query_tasks, parallel_for)) return status;
     const KeyGradients<Pairs, LANES> key_pass{in, lists, *dk, *dv};
     return run_pass(key_pass, p.batch * p.kv_heads * p.lists.key_blocks, parallel_for);
   });

@@ -6,7 +6,7 @@
 //   O^T = a O^T + V^T P^T   V read in place; the rescale by a = exp2(m_old - m_new) rides on the store
 // A task is one (batch, head, query block); its K and V blocks are shared by the tiles of the block.
 //
-// Memory: per thread (2 dim + block + 20) x 64 x (block / 64) floats, O(block (dim + block)); and once per call
+// Memory: per thread about block (2 dim + 64) + 64 dim floats, O(block (dim + block)), and once per call
 // O(batch kv_heads keys dim) for V in bf16 pairs, or for K and V in fp32 where the hardware lacks the format.
 // Nothing grows with queries x keys.
 #include "cpu_attention.h"
@@ -134,15 +134,15 @@ struct Forward {
   }
 
   // One key block for one tile.
-  BLADE_INLINE void attend(const Tile& t, const uint32_t* k, const uint32_t* v, int count, float* scores, float* block_top,
-                           float* rescale, const float* bias) const {
+  BLADE_INLINE void attend(const Tile& t, const uint32_t* k, const uint32_t* v, int count, float* scores,
+                           float* block_top, float* rescale, const float* bias) const {
     // Without a bias the scale is applied inside the exponent for free. It has to be positive there, because the
     // maximum is taken before it.
     const float c = p.scale * kLog2e;
     const bool scaled = p.bias || !(c >= 0);
     const float factor = scaled ? 1.f : c;
     std::fill(block_top, block_top + LANES, -kInf);
-    product<Pairs, LANES>(count, k, keys.stride[2], 1, words<Pairs>(p.dim), t.q,
+    product<Pairs, LANES>(count, k, keys.stride[2], One{}, words<Pairs>(p.dim), t.q,
                           StoreScores<LANES>{scores, block_top, scaled ? bias : nullptr, c});
     for (int n = 0; n < LANES; n += kWidth) {
       const Vec old = load(t.top + n), top = max(old, load(block_top + n) * factor);
@@ -155,7 +155,8 @@ struct Forward {
       store(t.sum + n, load(t.sum + n) * shrink);
     }
     weigh<Pairs, LANES>(scores, count, block_top, factor, t.sum);
-    product<Pairs, LANES>((int)p.dim, v, 1, values.stride[2], words<Pairs>(count), scores, AddValues<LANES>{t.out, rescale});
+    product<Pairs, LANES>((int)p.dim, v, One{}, values.stride[2], words<Pairs>(count), scores,
+                          AddValues<LANES>{t.out, rescale});
   }
 
   void finish(const Tile& t, int64_t b, int64_t h, int64_t row0, int64_t rows, float* inverse, float* staging) const {

@@ -9,6 +9,7 @@
 //     out[r][lane] = sum_k a[r][k] * tile[k][lane]
 // No packing of `a`, no horizontal reduction anywhere, and softmax over r is plain vertical arithmetic.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -18,6 +19,7 @@
 #endif
 
 #define BLADE_INLINE inline __attribute__((always_inline))
+#define BLADE_NOINLINE inline __attribute__((noinline))  // called a few times per tile: one copy compiles faster
 
 namespace blade {
 namespace {
@@ -126,7 +128,7 @@ inline uint16_t float_to_half(float f) {  // nearest even
 #endif
 
 // count elements (element stride `stride`) -> dense fp32
-inline __attribute__((noinline)) void to_float(const void* source, DType type, int64_t stride, int64_t count, float* out) {
+BLADE_NOINLINE void to_float(const void* source, DType type, int64_t stride, int64_t count, float* out) {
   const uint16_t* halves = (const uint16_t*)source;
   if (type == kFloat32) {
     const float* floats = (const float*)source;
@@ -139,14 +141,15 @@ inline __attribute__((noinline)) void to_float(const void* source, DType type, i
     int64_t i = 0;
 #if defined(__F16C__)
     if (stride == 1)
-      for (; i + 8 <= count; i += 8) _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(halves + i))));
+      for (; i + 8 <= count; i += 8)
+        _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(halves + i))));
 #endif
     for (; i < count; i++) out[i] = half_to_float(halves[i * stride]);
   }
 }
 
 // dense fp32 -> count contiguous elements
-inline __attribute__((noinline)) void from_float(const float* source, DType type, int64_t count, void* out) {
+BLADE_NOINLINE void from_float(const float* source, DType type, int64_t count, void* out) {
   uint16_t* halves = (uint16_t*)out;
   if (type == kFloat32) {
     memcpy(out, source, count * 4);
@@ -238,7 +241,8 @@ BLADE_INLINE void transpose16(__m512i r[16]) {
 
 // out[j * out_stride + i] = in[i * in_stride + j] for i < rows, j < columns; both must be multiples of 16 and the
 // arrays 64-byte aligned scratch with strides that are multiples of 16 (callers pad).
-inline __attribute__((noinline)) void transpose(const float* in, int64_t in_stride, int rows, int columns, float* out, int64_t out_stride) {
+BLADE_NOINLINE void transpose(const float* in, int64_t in_stride, int rows, int columns, float* out,
+                              int64_t out_stride) {
 #if defined(BLADE_AVX512)
   for (int i = 0; i < rows; i += 16)
     for (int j = 0; j < columns; j += 16) {
@@ -262,10 +266,14 @@ constexpr int group() { return LANES / kWidth < kGroup ? LANES / kWidth : kGroup
 template <int LANES>
 constexpr int panel_rows() { return group<LANES>() == kGroup ? 6 : 12; }
 
-// acc[r][n] += sum_k a[r][k * k_stride] * b[k][n]; a counts words, b is [depth][LANES].
-template <bool Pairs, int LANES, int R, int N>
-BLADE_INLINE void accumulate(const uint32_t* const (&a)[R], int64_t k_stride, int64_t depth, const float* __restrict__ b,
-                             Vec (&acc)[R][N]) {
+// A stride of 1 that the compiler knows.
+struct One {
+  constexpr operator int64_t() const { return 1; }
+};
+
+// acc[r][n] += sum_k *at(r, k) * b[k][n]; b is [depth][LANES].
+template <bool Pairs, int LANES, int R, int N, class Address>
+BLADE_INLINE void accumulate(const Address& at, int64_t depth, const float* __restrict__ b, Vec (&acc)[R][N]) {
   auto step = [&](int64_t k) __attribute__((always_inline)) {
     Vec lanes[N];
 #pragma GCC unroll 8
@@ -273,44 +281,53 @@ BLADE_INLINE void accumulate(const uint32_t* const (&a)[R], int64_t k_stride, in
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-      for (int n = 0; n < N; n++) acc[r][n] = multiply_add<Pairs>(acc[r][n], a[r] + k * k_stride, lanes[n]);
+      for (int n = 0; n < N; n++) acc[r][n] = multiply_add<Pairs>(acc[r][n], at(r, k), lanes[n]);
   };
   int64_t k = 0;
 #pragma GCC unroll 1
-  for (; k + 2 <= depth; k += 2) {
-    step(k);
-    step(k + 1);
-  }
-  if (k < depth) step(k);
+  for (; k + 4 <= depth; k += 4)
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; u++) step(k + u);
+#pragma GCC unroll 1
+  for (; k < depth; k++) step(k);
 }
 
 // One register tile, and what to do with it: epilogue(row, lane, acc) gets R rows x N vectors while they are still in
-// registers. Not inlined: each instance then has the whole register file for its accumulators.
-template <bool Pairs, int LANES, int R, class Epilogue>
-__attribute__((noinline)) void panel(int row, int rows, const uint32_t* a, int64_t row_stride, int64_t k_stride,
-                                     int64_t depth, const float* b, const Epilogue& epilogue) {
+// registers. Not inlined: each instance then has the whole register file for its accumulators. With Clamped, rows past
+// the end repeat the last one.
+template <bool Pairs, int LANES, int R, bool Clamped, class RowStride, class DepthStride, class Epilogue>
+BLADE_NOINLINE void panel(int row, int rows, const uint32_t* a, RowStride row_stride, DepthStride depth_stride,
+                          int64_t depth, const float* b, const Epilogue& epilogue) {
   constexpr int N = group<LANES>();
-  const uint32_t* in[R];
-  for (int r = 0; r < R; r++) in[r] = a + (row + r < rows ? row + r : rows - 1) * row_stride;
+  const uint32_t* first = a + row * row_stride;
   for (int lane = 0; lane < LANES; lane += N * kWidth) {
     Vec acc[R][N] = {};
-    accumulate<Pairs, LANES>(in, k_stride, depth, b + lane, acc);
+    if constexpr (Clamped) {
+      const uint32_t* in[R];
+      for (int r = 0; r < R; r++) in[r] = first + std::min(r, rows - row - 1) * row_stride;
+      auto at = [&](int r, int64_t k) { return in[r] + k * depth_stride; };
+      accumulate<Pairs, LANES>(at, depth, b + lane, acc);
+    } else {
+      auto at = [&](int r, int64_t k) { return first + r * row_stride + k * depth_stride; };
+      accumulate<Pairs, LANES>(at, depth, b + lane, acc);
+    }
     epilogue(row, lane, acc);
   }
 }
 
-// product[r][lane] = sum_k a[r * row_stride + k * k_stride] * b[k][lane] for r < rows. Panels start at even rows
+// product[r][lane] = sum_k a[r * row_stride + k * depth_stride] * b[k][lane] for r < rows. Panels start at even rows
 // (epilogues may pair rows up). The last one may go up to three rows further, which repeat the last row of `a`:
 // epilogues must have room for them. Only these two heights, because each costs compile time in every kernel.
-template <bool Pairs, int LANES, class Epilogue>
-BLADE_INLINE void product(int rows, const uint32_t* a, int64_t row_stride, int64_t k_stride, int64_t depth,
+template <bool Pairs, int LANES, class RowStride, class DepthStride, class Epilogue>
+BLADE_INLINE void product(int rows, const uint32_t* a, RowStride row_stride, DepthStride depth_stride, int64_t depth,
                           const float* b, const Epilogue& epilogue) {
   constexpr int R = panel_rows<LANES>();
   int row = 0, high = rows / R;
   // Sixes and fours add up to any even number but 2; two rows left over would waste half a panel.
   if (R == 6 && high > 0 && (rows + 1) / 2 * 2 - high * R == 2) high--;
-  for (; high > 0; high--, row += R) panel<Pairs, LANES, R>(row, rows, a, row_stride, k_stride, depth, b, epilogue);
-  for (; row < rows; row += 4) panel<Pairs, LANES, 4>(row, rows, a, row_stride, k_stride, depth, b, epilogue);
+  for (; high > 0; high--, row += R)
+    panel<Pairs, LANES, R, false>(row, rows, a, row_stride, depth_stride, depth, b, epilogue);
+  for (; row < rows; row += 4) panel<Pairs, LANES, 4, true>(row, rows, a, row_stride, depth_stride, depth, b, epilogue);
 }
 
 }  // namespace

@@ -80,8 +80,8 @@ Status run_tasks(blade_parallel_for_t parallel_for, int64_t count, int64_t scrat
 // Tokens row0 .. row0+rows of one head as lanes: out[word][LANES], zero in the missing lanes. `staging` holds
 // LANES x round_up(words, 16) floats.
 template <bool Pairs, int LANES>
-inline __attribute__((noinline)) void pack_lanes(const Tensor& t, DType type, int64_t batch, int64_t head, int64_t row0, int64_t rows, int64_t dim,
-                       float* staging, float* out) {
+BLADE_NOINLINE void pack_lanes(const Tensor& t, DType type, int64_t batch, int64_t head, int64_t row0, int64_t rows,
+                               int64_t dim, float* staging, float* out) {
   const int64_t count = words<Pairs>(dim), padded = round_up(count, 16);
   for (int64_t r = 0; r < LANES; r++) {
     uint32_t* row = (uint32_t*)staging + r * padded;
