@@ -19,11 +19,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from blade_compile.passes import adapters
 from blade_compile.passes.codes import Refusal, sentence
 from blade_compile.passes.dims import Dim
-from blade_compile.passes.fx_utils import is_tensor, module_path, same, value_of
+from blade_compile.passes.fx_utils import is_tensor, module_path, same, shape_of, value_of
 from blade_compile.passes.lineage import Lineage
 from blade_compile.passes.masks import check_mask, needs_gradient
 from blade_compile.passes.match import SDPA, Match, Operand, candidate, match
-from blade_compile.passes.mutation import check_not_mutated
+from blade_compile.passes.mutation import check_not_mutated, writers
 from blade_compile.passes.operands import Plan, plan
 from blade_compile.passes.shadow import Shadow, identity_shadow, trace_shadow
 from blade_compile.passes.sources import Sources, classify_sources
@@ -145,11 +145,16 @@ def mark_custom_autograd(graph_or_module: Any) -> None:
 def may_hold_attention(graph: fx.Graph) -> bool:
     """The scan that makes a graph without attention free: one pass over the names of its calls."""
     for node in graph.nodes:
-        if node.op in ("call_function", "call_method"):
-            name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-            if any(word in name for word in _WORDS):
-                return True
+        if node.op in ("call_function", "call_method") and any(word in _name(node.target) for word in _WORDS):
+            return True
     return False
+
+
+def _name(target: Any) -> str:
+    """What a call is named, with the namespace of registered operators."""
+    if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return str(target)
+    return target if isinstance(target, str) else getattr(target, "__name__", "")
 
 
 def _is_flex(node: fx.Node) -> bool:
@@ -188,16 +193,33 @@ def _read(shadow: Shadow, lineage: Lineage, node: fx.Node) -> AttentionSite | No
         found.kind = label
         return _site(shadow, lineage, found)
     except Refusal as refusal:
-        return _refused(where, label, refusal)
+        return _refused(where, label, refusal, node)
     except Exception as error:
         logger.debug("%s could not be read", node, exc_info=error)
-        return _refused(where, label, Refusal("unreadable", f"{type(error).__name__}: {error}"))
+        return _refused(where, label, Refusal("unreadable", f"{type(error).__name__}: {error}"), node)
 
 
-def _refused(node: fx.Node, kind: str, refusal: Refusal) -> AttentionSite:
+def _refused(node: fx.Node, kind: str, refusal: Refusal, call: fx.Node | None = None) -> AttentionSite:
     site = AttentionSite(module_path(node), kind, node, refusal.code, refusal.reason)
+    _measure(site, call or node)
     site.mask_kind = {"causal": "causal", "window": "window", "pair-mask": "pairwise"}.get(refusal.code, "none")
     return site
+
+
+def _measure(site: AttentionSite, call: fx.Node) -> None:
+    """Sizes for the report, as far as a call that was not matched shows them: [.., H, S, D], or scores [.., S, T]."""
+    tensors = [x for x in call.all_input_nodes if is_tensor(x)]
+    if not tensors or len(shape_of(tensors[0])) < 2:
+        return
+    shape = (1, 1, *shape_of(tensors[0]))[-4:]
+    site.B, site.H, site.S = shape[:3]
+    site.dtype, site.device = value_of(tensors[0]).dtype, value_of(tensors[0]).device
+    if len(tensors) < 3:
+        site.T = shape[3]
+        return
+    site.T, site.D = shape_of(tensors[1])[-2], shape[3]
+    if site.kind.startswith(("flash", "xformers")):
+        site.S, site.H, site.T = shape[1], shape[2], shape_of(tensors[1])[1]
 
 
 def _site(shadow: Shadow, lineage: Lineage, found: Match) -> AttentionSite:
@@ -234,10 +256,15 @@ def _check(site: AttentionSite, shadow: Shadow, lineage: Lineage, found: Match) 
         raise Refusal("dtype", site.dtype)
     _check_head_dims(found)
     placeholders = {node: shadow.requires_grad(node) for node in shadow.inputs}
+    written = writers(shadow)
+
+    def writers_of(node: fx.Node) -> list[fx.Node]:
+        return written.get(shadow.storage.get(node), [])
+
     for term in found.masks:
         if is_tensor(term.node):
-            site.mask_needs_grad |= needs_gradient(term.node, placeholders)
-        check_mask(found.roles, term, found.queries, found.keys, site.mask_needs_grad)
+            site.mask_needs_grad |= needs_gradient(term.node, placeholders, writers_of)
+        check_mask(found.roles, term, found.queries, found.keys, site.mask_needs_grad, lambda n: bool(writers_of(n)))
     site.sources = _sources(lineage, found)
     if site.sources.kind == "cross":
         raise Refusal("cross", site.sources.reason)

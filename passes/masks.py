@@ -7,6 +7,7 @@ as [.., S, T] proves nothing and counts as pairwise. A mask is never dropped: un
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,14 +31,19 @@ TRIANGLES = {
 }
 
 
-def check_mask(roles: Roles, term: MaskTerm, queries: int, keys: int, needs_grad: bool) -> None:
-    """Raise the refusal of a mask that cannot be passed on as a mask on keys."""
+def check_mask(
+    roles: Roles, term: MaskTerm, queries: int, keys: int, needs_grad: bool, written: Callable[[fx.Node], bool]
+) -> None:
+    """Raise the refusal of a mask that cannot be passed on as a mask on keys.
+
+    ``written`` says whether some in-place call writes the memory of a node: its values are then not what made it.
+    """
     layout = roles.now(term.layout)
     along = [d for d, dim in enumerate(layout) if queries in dim]
     if not any(keys in dim for dim in layout):
         raise Refusal("pair-mask", f"{_shape(term.node)} masks queries, not keys; it")
     for d in along:
-        if len(layout[d]) > 1 or not constant_along(term.node, d):
+        if len(layout[d]) > 1 or not constant_along(term.node, d, written):
             raise _pairwise(term.node)
     if any(keys in dim and len(dim) > 1 for dim in layout):
         raise Refusal("unreadable", f"a mask {_shape(term.node)} that flattens the keys")
@@ -59,47 +65,49 @@ def _shape(node: fx.Node) -> str:
     return "[" + ", ".join(str(size) for size in shape_of(node)) + "]"
 
 
-def constant_along(node: Any, dim: int, depth: int = 30) -> bool:
+def constant_along(node: Any, dim: int, written: Callable[[fx.Node], bool], depth: int = 30) -> bool:
     """True where the graph shows that ``node`` has the same values at every index of ``dim``."""
     if not is_tensor(node):
         return True
     shape = shape_of(node)
     if isinstance(shape[dim], int) and shape[dim] == 1:
         return True
-    if node.op != "call_function" or depth == 0:
+    if node.op != "call_function" or depth == 0 or written(node):
         return False
     if node.target in CONSTANTS:
         return True
     source = node.args[0] if node.args else None
     if node.target in CASTS or is_call(node, {aten.contiguous.default, aten.clone.default, aten.alias.default}):
-        return constant_along(source, dim, depth - 1)
+        return constant_along(source, dim, written, depth - 1)
     if is_call(node, aten.expand.default):
         inner = dim - (len(shape) - len(shape_of(source)))
-        return inner < 0 or constant_along(source, inner, depth - 1)
+        return inner < 0 or constant_along(source, inner, written, depth - 1)
     if is_call(node, aten.repeat.default):
         inner = dim - (len(shape) - len(shape_of(source)))
-        return inner < 0 or constant_along(source, inner, depth - 1)
+        return inner < 0 or constant_along(source, inner, written, depth - 1)
     order = permutation(node)
     if order is not None:
-        return constant_along(source, order[dim], depth - 1)
+        return constant_along(source, order[dim], written, depth - 1)
     if node.target in VIEWS:
         inner = _view_dim(shape, shape_of(source), dim)
-        return inner is not None and constant_along(source, inner, depth - 1)
+        return inner is not None and constant_along(source, inner, written, depth - 1)
     if is_call(node, {aten.slice.Tensor, aten.repeat_interleave.self_int, aten.narrow.default}):
-        return len(shape_of(source)) == len(shape) and constant_along(source, dim, depth - 1)
+        return len(shape_of(source)) == len(shape) and constant_along(source, dim, written, depth - 1)
     if is_call(node, {aten.select.int}):
         skipped = node.args[1] % len(shape_of(source))
-        return constant_along(source, dim + (dim >= skipped), depth - 1)
+        return constant_along(source, dim + (dim >= skipped), written, depth - 1)
     if torch.Tag.pointwise in getattr(node.target, "tags", ()):
-        return all(_constant_operand(x, shape, dim, depth) for x in node.all_input_nodes)
+        return all(_constant_operand(x, shape, dim, written, depth) for x in node.all_input_nodes)
     return False
 
 
-def _constant_operand(operand: fx.Node, shape: tuple[Any, ...], dim: int, depth: int) -> bool:
+def _constant_operand(
+    operand: fx.Node, shape: tuple[Any, ...], dim: int, written: Callable[[fx.Node], bool], depth: int
+) -> bool:
     if not is_tensor(operand):
         return True
     inner = dim - (len(shape) - len(shape_of(operand)))
-    return inner < 0 or constant_along(operand, inner, depth - 1)
+    return inner < 0 or constant_along(operand, inner, written, depth - 1)
 
 
 def _view_dim(shape: tuple[Any, ...], source: tuple[Any, ...], dim: int) -> int | None:
@@ -125,7 +133,9 @@ def ancestors(node: fx.Node, limit: int) -> list[fx.Node]:
     return list(seen)
 
 
-def needs_gradient(node: fx.Node, placeholders: dict[fx.Node, bool]) -> bool:
+def needs_gradient(
+    node: fx.Node, placeholders: dict[fx.Node, bool], writers: Callable[[fx.Node], list[fx.Node]]
+) -> bool:
     """True where a gradient would flow into ``node``: a float path from an input that requires one.
 
     ``placeholders`` says of each input of the shadow graph whether it requires a gradient.
@@ -143,4 +153,5 @@ def needs_gradient(node: fx.Node, placeholders: dict[fx.Node, bool]) -> bool:
         if placeholders.get(current, False):
             return True
         work.extend(current.all_input_nodes)
+        work.extend(writers(current))
     return False

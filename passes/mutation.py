@@ -19,27 +19,42 @@ from blade_compile.passes.shadow import Shadow, opaque
 
 def check_not_mutated(shadow: Shadow, found: Match, plan: Plan) -> None:
     """Raise where an input of the site, or a node inside it, is overwritten between its use and the output."""
-    writes = _writes(shadow)
+    writes = writes_of(shadow)
     if not writes:
         return
     region = set(found.region)
     end = shadow.order[found.out.node]
     inputs = [*plan.inputs(), *(x.node for x in (found.q, found.k, found.v))]
     for node in (*inputs, *found.region):
-        born, memory = shadow.order.get(node, -1), shadow.storage.get(node)
+        read, memory = _first_read(shadow, node, region), shadow.storage.get(node)
         for write, written in writes:
-            if memory is None or written != memory or not born < shadow.order[write] < end:
+            if memory is None or written != memory or not read < shadow.order[write] < end:
                 continue
             stale = any(shadow.order[write] < shadow.order[user] and user is not write for user in node.users)
             if write not in region or (node in region and stale):
                 raise Refusal("mutation", f"the value of {shadow.dynamo.get(node, node)}")
 
 
-def _writes(shadow: Shadow) -> list[tuple[fx.Node, Any]]:
+def _first_read(shadow: Shadow, node: fx.Node, region: set[fx.Node]) -> int:
+    """When the site first reads ``node``; when it is made, for nodes inside and for sources further up."""
+    born = shadow.order.get(node, -1)
+    readers = [shadow.order[user] for user in node.users if user in region]
+    return born if node in region or not readers else min(readers)
+
+
+def writes_of(shadow: Shadow) -> list[tuple[fx.Node, Any]]:
     """(node, memory it writes) for every in-place call of the shadow."""
     if shadow.writes is None:
         shadow.writes = [(node, memory) for node in shadow.graph.nodes for memory in _written(shadow, node)]
     return shadow.writes
+
+
+def writers(shadow: Shadow) -> dict[Any, list[fx.Node]]:
+    """Memory -> the in-place calls that write it."""
+    found: dict[Any, list[fx.Node]] = {}
+    for node, memory in writes_of(shadow):
+        found.setdefault(memory, []).append(node)
+    return found
 
 
 def _written(shadow: Shadow, node: fx.Node) -> list[Any]:

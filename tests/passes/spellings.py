@@ -183,6 +183,13 @@ def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).contiguous().view(B * H, S, D)
 
 
+@rewritten("sdpa, rotation written into the queries", kind="sdpa")
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q = q + 0
+    q[:, :, 8:] = q[:, :, 8:] * 0.5
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 # ---- matmul, softmax, matmul -----------------------------------------------------------------------------------------
 @rewritten("matmul, scale after")
 def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -445,6 +452,13 @@ def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @left_alone("sdpa, pair mask", "pair-mask", lambda: (*qkv(), rand(S, S)), kind="sdpa", mask="pairwise")
 def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+@left_alone("sdpa, pair mask written in place", "pair-mask", kind="sdpa", mask="pairwise")
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    mask = torch.ones(1, 1, S, S, dtype=torch.bool)
+    mask[:, :, :8, 8:] = False
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 @left_alone("sdpa, padding of queries and keys", "pair-mask", with_keys(), kind="sdpa", mask="pairwise")

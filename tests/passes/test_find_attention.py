@@ -174,7 +174,7 @@ def test_a_reader_that_raises_refuses_one_site_only(monkeypatch):
         raise KeyError("odd")
 
     monkeypatch.setattr(module, "classify_sources", fail)
-    backend = read(lambda q, k, v: F.scaled_dot_product_attention(q, k, v), *qkv())
+    backend = read(F.scaled_dot_product_attention, *qkv())
     assert backend.codes == ["unreadable"]
     assert "odd" in backend.sites[0].reason
 
