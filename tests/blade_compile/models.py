@@ -21,10 +21,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         source = x if context is None else context
-        q, k, v = (
-            f(s).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for f, s in ((self.to_q, x), (self.to_k, source), (self.to_v, source))
-        )
+        q, k, v = self.to_q(x), self.to_k(source), self.to_v(source)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.to_out(out.transpose(1, 2).flatten(2))
 

@@ -85,13 +85,12 @@ def test_int8_weights(events: list[observe.Event]) -> None:
 
 
 def test_offloading_hooks(events: list[observe.Event]) -> None:
-    from accelerate import cpu_offload
+    from accelerate import cpu_offload_with_hook  # what a pipeline's enable_model_cpu_offload attaches
 
     model, args = TinyDiT(), inputs()
     want = model(*args)
-    cpu_offload(model, execution_device=torch.device("cpu"))
-    for block in model.blocks:
-        block.compile(backend="blade", options=DENSE)
+    model, _ = cpu_offload_with_hook(model, execution_device=torch.device("cpu"))
+    model.compile(backend="blade", options=DENSE)
     torch.testing.assert_close(model(*args), want, rtol=1e-4, atol=1e-5)
     assert attention_runs(events) == 2
 
@@ -109,6 +108,8 @@ def test_export_and_aot_inductor(events: list[observe.Event], tmp_path: Path) ->
 
 
 def test_selective_checkpointing_can_name_the_operator() -> None:
+    from functools import partial
+
     from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
     def policy(ctx: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
@@ -117,8 +118,9 @@ def test_selective_checkpointing_can_name_the_operator() -> None:
 
     block, args = TinyDiT(layers=1), inputs()
 
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+
     def forward(x: Tensor, text: Tensor) -> Tensor:
-        contexts = lambda: create_selective_checkpoint_contexts(policy)  # noqa: E731
         return checkpoint(block, x, text, use_reentrant=False, context_fn=contexts)  # type: ignore[no-any-return]
 
     with observe.record() as seen:

@@ -32,9 +32,11 @@ def laid_out(case: Case, layout: str, dtype: torch.dtype) -> tuple[Tensor, Tenso
     return q, k, v
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+OPCHECKS = [(layout, torch.float32, grad) for layout in LAYOUTS for grad in (False, True)]
+OPCHECKS += [("packed", dtype, True) for dtype in (torch.bfloat16, torch.float16, torch.float64)]
+
+
+@pytest.mark.parametrize(("layout", "dtype", "grad"), OPCHECKS, ids=str)
 def test_opcheck(layout: str, dtype: torch.dtype, grad: bool) -> None:
     case = Case(B=2, H=2, Hkv=2, S=70, T=70, D=32, block=32)
     q, k, v = (x.detach().requires_grad_(grad) for x in laid_out(case, layout, dtype))
