@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,12 @@ COMMON = {
     "cross_attn_norm": True,
     "qk_norm": "rms_norm_across_heads",
 }
+
+
+def _quiet_imports() -> None:
+    """Messages of libraries about their own optional parts would drown the output."""
+    for name in ("torchao", "torch.utils._pytree", "diffusers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)
@@ -48,12 +55,20 @@ class Case:
         return t * h * w
 
     def build(self, dtype: torch.dtype, device: str) -> nn.Module:
-        """The transformer in evaluation mode; random weights, the same at every call."""
+        """The transformer in evaluation mode; random weights, the same at every call.
+
+        As ``from_pretrained(torch_dtype=...)`` does, the class's ``_keep_in_fp32_modules`` stay in fp32.
+        """
+        _quiet_imports()
         from diffusers import WanTransformer3DModel
 
         torch.manual_seed(0)
         model: nn.Module = WanTransformer3DModel(**COMMON, **self.model).eval().requires_grad_(False)
-        return model.to(device=device, dtype=dtype)
+        exact = set(WanTransformer3DModel._keep_in_fp32_modules)
+        for name, parameter in model.named_parameters():
+            if exact.isdisjoint(name.split(".")):
+                parameter.data = parameter.data.to(dtype)
+        return model.to(device)
 
     def inputs(self, dtype: torch.dtype, device: str) -> dict[str, Any]:
         """Latent video, timestep and text embedding, as a pipeline passes them."""

@@ -44,7 +44,8 @@ CONSTANTS = (
     "probe_call",
 )
 _constant = {name: sympy.Symbol(name, positive=True) for name in CONSTANTS}
-# Sparse must be predicted to win by this factor: a prediction that is a little off makes no model slower than dense.
+# What is predicted to be faster must be so by this factor, or by the smaller one that the calibration found its fit to
+# need (`margin` of a table entry): a prediction that is off makes no model slower than dense.
 MARGIN = 0.95
 
 
@@ -135,10 +136,11 @@ def choose(
     cost_of = functools.partial(seconds, family, dtype, **named)
     sdpa, full = cost_of("dense", density=1.0), cost_of("attention", density=1.0)
     sparse = cost_of("attention", density=kept) + cost_of("predict", density=kept)
+    margin = min(MARGIN, table()[family].get("margin", {}).get(dtype, MARGIN))
     # Each comparison is false for NaN.
-    if sparse < MARGIN * min(sdpa, full):
+    if sparse < margin * min(sdpa, full):
         return "sparse"
-    return "full" if full < MARGIN * sdpa else "sdpa"
+    return "full" if full < margin * sdpa else "sdpa"
 
 
 def crossover_length(family: str, dtype: str, *, H: int, D: int, block: int, probe: int, density: float) -> int | None:
