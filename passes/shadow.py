@@ -18,7 +18,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx, track_tensor_tree
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass as _is_wrapper
 from torch.utils._pytree import tree_leaves, tree_map
 
 from blade_compile.passes.fused_layers import EQUIVALENTS
@@ -81,11 +81,13 @@ def trace_shadow(graph: fx.Graph, fake_mode: Any | None = None) -> Shadow:
     if fake_mode is None:
         raise ValueError("the graph's nodes carry no fake values")
     inputs = [node for node in graph.nodes if _is_input(node)]
+    # Quantised weights are wrappers whose products are plain: any plain weight of their shape reads the same.
+    unwrap = not any(_holds_wrapper(value_of(node)) for node in graph.nodes if not _is_input(node))
     tracer = _Tracer(graph, inputs)
     trace = make_fx(tracer.run_with, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)
     try:
         with fake_mode, torch.no_grad():
-            traced = trace(*[_fresh(value_of(node)) for node in inputs])
+            traced = trace(*[_fresh(value_of(node), unwrap) for node in inputs])
     finally:
         tracer.leave_all_autocast()
     tracer.shadow.graph = traced.graph
@@ -99,10 +101,16 @@ def _is_input(node: fx.Node) -> bool:
     return node.op == "get_attr" and isinstance(value_of(node), torch.Tensor)
 
 
-def _fresh(value: Any) -> Any:
+def _holds_wrapper(value: Any) -> bool:
+    return any(isinstance(x, torch.Tensor) and _wraps(x) for x in tree_leaves(value))
+
+
+def _fresh(value: Any, unwrap: bool = False) -> Any:
     """A new fake like ``value``: tracing in-place calls must not touch the values that Dynamo still holds."""
-    if not isinstance(value, torch.Tensor) or is_traceable_wrapper_subclass(value) or value.layout != torch.strided:
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
         return value
+    if _wraps(value):
+        return torch.empty(value.shape, dtype=value.dtype, device=value.device) if unwrap else value
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
 
@@ -167,7 +175,7 @@ class _Tracer(fx.Interpreter):
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         if any(isinstance(x, (torch.nn.Module, fx.GraphModule)) for x in tree_leaves((args, kwargs))):
             return True
-        if any(isinstance(x, torch.Tensor) and is_traceable_wrapper_subclass(x) for x in tree_leaves((args, kwargs))):
+        if any(isinstance(x, torch.Tensor) and _wraps(x) for x in tree_leaves((args, kwargs))):
             return True
         value = value_of(n)
         return value is not None and _data_dependent(value) and not _data_dependent((args, kwargs))
@@ -199,12 +207,17 @@ class _Tracer(fx.Interpreter):
 
 def _memory(value: Any) -> int | None:
     """A number for the storage behind a fake tensor; views share it, and ``meta`` keeps it alive."""
-    if not isinstance(value, torch.Tensor) or is_traceable_wrapper_subclass(value) or value.layout != torch.strided:
+    if not isinstance(value, torch.Tensor) or _wraps(value) or value.layout != torch.strided:
         return None
     try:
         return value.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):  # values inside vmap have none of their own
         return None
+
+
+def _wraps(value: Any) -> bool:
+    """True for tensor subclasses that hold other tensors (quantised weights, DTensor)."""
+    return bool(_is_wrapper(value))
 
 
 def _data_dependent(value: Any) -> bool:
