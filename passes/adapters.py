@@ -119,9 +119,10 @@ def _operands(node: fx.Node, q: fx.Node, k: fx.Node, v: fx.Node, *, heads_first:
     out = _only_output(node)
     roles = Roles()
     operands, (s, t, d, e) = _sdpa_operands(roles, q, k, v, gqa=True, heads_first=heads_first)
-    batch, heads = _row(operands[0], s, d)
+    q_, k_, v_ = operands
+    batch, heads = _row(q_, s, d)
     layout = (batch, heads, (s,), (e,)) if heads_first else (batch, (s,), heads, (e,))
-    return Match("", roles, Operand(out, layout), *operands, s, t, d, e, region=[node, out])
+    return Match("", roles, Operand(out, layout), q_, k_, v_, s, t, d, e, region=[node, out])
 
 
 def _row(operand: Operand, s: int, d: int) -> list[Any]:

@@ -104,7 +104,8 @@ class Roles:
         dims: list[Dim] = []
         queue = list(atoms)
         while len(dims) < len(sizes):
-            size, taken = sizes[len(dims)], []
+            size = sizes[len(dims)]
+            taken: list[int] = []
             while queue and not same(self.size(tuple(taken)), size):
                 atom = queue.pop(0)
                 parts = self._cut(atom, quotient(size, self.size(tuple(taken))))

@@ -35,7 +35,7 @@ class Emitter:
         self.before = self._position()
 
     def _position(self) -> set[fx.Node]:
-        nodes = set()
+        nodes: set[fx.Node] = set()
         for node in self.graph.nodes:
             if node is self.anchor:
                 return nodes

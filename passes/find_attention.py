@@ -58,8 +58,8 @@ class AttentionSite:
     S: Any = None
     T: Any = None
     D: Any = None
-    dtype: torch.dtype | None = None
-    device: torch.device | None = None
+    dtype: Any = None
+    device: Any = None
     mask_kind: str = "none"
     """none, key (honoured exactly), causal, window or pairwise (left dense)"""
     mask_needs_grad: bool = False
@@ -236,13 +236,13 @@ def _site(shadow: Shadow, lineage: Lineage, found: Match) -> AttentionSite:
 
 
 def _describe(site: AttentionSite, found: Match) -> None:
-    site.plan = plan(found)
+    site.plan = chosen = plan(found)
     roles = found.roles
-    site.B, site.H = roles.size(site.plan.batch), roles.size(site.plan.heads)
+    site.B, site.H = roles.size(chosen.batch), roles.size(chosen.heads)
     site.S, site.T, site.D = (roles.sizes[atom] for atom in (found.queries, found.keys, found.features))
     value = value_of(found.out.node)
     value = value[0] if isinstance(value, (tuple, list)) else value
-    site.dtype, site.device = site.plan.dtype, value.device
+    site.dtype, site.device = chosen.dtype, value.device
     site.mask_kind = "key" if found.masks else "none"
 
 
@@ -272,7 +272,8 @@ def _check(site: AttentionSite, shadow: Shadow, lineage: Lineage, found: Match) 
         raise Refusal(
             "cross", f"{site.T} keys for {site.S} queries, and the graph does not show that one holds the other"
         )
-    check_not_mutated(shadow, found, site.plan)
+    if site.plan is not None:
+        check_not_mutated(shadow, found, site.plan)
 
 
 def _check_head_dims(found: Match) -> None:

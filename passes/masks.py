@@ -89,8 +89,8 @@ def constant_along(node: Any, dim: int, written: Callable[[fx.Node], bool], dept
     if order is not None:
         return constant_along(source, order[dim], written, depth - 1)
     if node.target in VIEWS:
-        inner = _view_dim(shape, shape_of(source), dim)
-        return inner is not None and constant_along(source, inner, written, depth - 1)
+        place = _view_dim(shape, shape_of(source), dim)
+        return place is not None and constant_along(source, place, written, depth - 1)
     if is_call(node, {aten.slice.Tensor, aten.repeat_interleave.self_int, aten.narrow.default}):
         return len(shape_of(source)) == len(shape) and constant_along(source, dim, written, depth - 1)
     if is_call(node, {aten.select.int}):

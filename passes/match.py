@@ -88,7 +88,7 @@ def _match_sdpa(node: fx.Node) -> Match:
     operands, (s, t, d, e) = _sdpa_operands(roles, q, k, v, gqa=bool(args.get("enable_gqa", False)))
     batch = tuple(_widest(dims) for dims in zip(*(_left_padded(o.layout[:-2]) for o in operands)))
     out = Operand(node, (*batch[len(batch) - len(shape_of(node)) + 2 :], (s,), (e,)))
-    found = Match("sdpa", roles, out, *operands, s, t, d, e, region=[node])
+    found = Match("sdpa", roles, out, operands[0], operands[1], operands[2], s, t, d, e, region=[node])
     found.scale = constant_of(args.get("scale"))
     if found.scale is None and args.get("scale") is not None:
         found.scale, found.factors = 1.0, [(args["scale"], (), False)]

@@ -63,9 +63,9 @@ def _written(shadow: Shadow, node: fx.Node) -> list[Any]:
     if node.target is opaque:
         wrapper = "mutation" in str(getattr(shadow.origin[node].target, "__name__", ""))
         return [shadow.storage[x] for x in node.all_input_nodes if wrapper and x in shadow.storage]
-    schema = getattr(node.target, "_schema", None)
-    if not isinstance(node.target, torch._ops.OpOverload) or not schema.is_mutable:
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
         return []
+    schema = node.target._schema
     named = dict(zip((spec.name for spec in schema.arguments), node.args)) | dict(node.kwargs)
     written = [named.get(s.name) for s in schema.arguments if s.alias_info is not None and s.alias_info.is_write]
     return [shadow.storage[x] for x in written if isinstance(x, fx.Node) and x in shadow.storage]

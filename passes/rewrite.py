@@ -217,7 +217,7 @@ def _call_name(node: fx.Node) -> str:
 
 def _restrided(emitter: Emitter, node: fx.Node, like: torch.Tensor) -> fx.Node:
     """A dense copy with the dimensions in memory order of ``like``."""
-    order = sorted(range(like.dim()), key=lambda d: (-hint(like.stride(d)), d))
+    order = sorted(range(like.dim()), key=lambda d: (-hint(like.stride()[d]), d))
     if order == list(range(like.dim())):
         return emitter.call(aten.contiguous.default, node)
     back = [order.index(d) for d in range(like.dim())]

@@ -31,6 +31,10 @@ HIDDEN = -1e3
 """A fill at or below this makes a key invisible: exp(fill - max) is 0 next to any key that may be attended."""
 
 
+STILL_HIDDEN = -100.0
+"""The same after a scale: exp(-100) is 4e-44"""
+
+
 @dataclass
 class MaskTerm:
     """One mask as it meets the scores. ``how``: "add" (float bias), "keep" (True attends), "drop" (True is hidden)."""
@@ -39,8 +43,13 @@ class MaskTerm:
     layout: Layout
     how: str
     factor: Any = 1.0
-    soft: bool = False
-    """filled with a large negative number and not -inf: a row with nothing to attend to averages over all keys"""
+    fill: float = float("-inf")
+    """what hidden scores are set to; where it is finite, a row with nothing to attend to averages over all keys"""
+
+    @property
+    def soft(self) -> bool:
+        """Hidden by a large negative number and not by minus infinity."""
+        return self.fill != float("-inf")
 
 
 @dataclass
@@ -158,9 +167,9 @@ def _arithmetic(roles: Roles, scores: Scores, above: fx.Node, node: fx.Node) -> 
         factor = 1.0 / number if inverse else number
         scores.scale *= factor
         for term in scores.masks:
-            term.factor = term.factor * factor
-        if factor <= 0 and any(term.how != "add" for term in scores.masks):
-            raise Refusal("scores-modified", "a negative factor after the mask")
+            term.factor, term.fill = term.factor * factor, term.fill * factor
+            if term.how != "add" and not term.fill <= STILL_HIDDEN:
+                raise Refusal("scores-modified", f"a factor {factor:g} after the mask")
         return
     if scores.masks:
         raise Refusal("scores-modified", "a tensor factor after the mask")
@@ -186,8 +195,7 @@ def _hide(scores: Scores, condition: Any, how: str, fill: Any, node: fx.Node) ->
         raise Refusal("scores-modified", f"{_name(node)} with {'a tensor' if number is None else number}")
     if not is_tensor(condition):
         raise Refusal("scores-modified", _name(node))
-    soft = number != float("-inf")
-    scores.masks.append(MaskTerm(condition, _aligned(scores.layout, condition), how, soft=soft))
+    scores.masks.append(MaskTerm(condition, _aligned(scores.layout, condition), how, fill=number))
 
 
 def _is_row_maximum(node: Any, chain: list[fx.Node]) -> bool:

@@ -288,7 +288,8 @@ LIBRARIES = [
     _stand_in(
         "xformers_flash",
         "flash_fwd(Tensor query, Tensor key, Tensor value, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
-        "Tensor? seqused_k, int max_seqlen_q, int max_seqlen_k, float p, float softmax_scale, bool is_causal, int window_left, "
+        "Tensor? seqused_k, int max_seqlen_q, int max_seqlen_k, float p, float softmax_scale, bool is_causal, "
+        "int window_left, "
         "int window_right, bool return_softmax, Tensor? block_tables) -> (Tensor, Tensor, Tensor)",
         3,
     ),
