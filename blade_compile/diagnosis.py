@@ -25,7 +25,7 @@ from .eager_calls import Call, attention_calls
 from .passes.decide import Settings
 from .private_compile import PrivateCompile, fresh_dynamo, replaced
 from .regions import Region, find_regions, module_paths, unwrap
-from .report import Report, Site
+from .report import RUN_CODES, Report, Site
 from .settings import settings_of
 from .traced_sites import ProbeBackend, SiteLog
 from .undisturbed import undisturbed
@@ -77,6 +77,11 @@ def explain(
     rows = log.rows()
     rows += _not_in_graphs(rows, calls, log, regions, breaks)
     _name_backends(rows, calls, notes)
+    if _switched_off():
+        notes.append(RUN_CODES["disabled"])
+        for row in rows:
+            if row.code == "never":
+                row.code, row.reason = "disabled", RUN_CODES["disabled"]
     return Report(rows, list(dict.fromkeys(notes)), _options(blade_options, regions))
 
 
@@ -90,10 +95,11 @@ def _settings(region: Region, given: BladeConfig | Mapping[str, Any] | None, not
         notes.append(
             f"{where} is compiled by `{region.backend_name}`, not by blade: shown is what backend='blade' would do"
         )
-    if os.environ.get("BLADE_DISABLE") == "1":
-        notes.append("BLADE_DISABLE=1 turns every rewrite off")
-        settings = dataclasses.replace(settings, when="never")
-    return settings
+    return dataclasses.replace(settings, when="never") if _switched_off() else settings
+
+
+def _switched_off() -> bool:
+    return os.environ.get("BLADE_DISABLE") == "1"
 
 
 def _config(region: Region, given: BladeConfig | Mapping[str, Any] | None) -> BladeConfig:

@@ -29,7 +29,7 @@ class Site:
     rewritten: bool
     "whether the graph calls the block-sparse operator here"
     code: str
-    "stable short word: ``rewritten``, or why not (docs: passes/codes.py, and OUTSIDE below)"
+    "stable short word: ``rewritten``, or why not (passes/codes.py, and RUN_CODES below)"
     reason: str
     "the code as a sentence"
     shape: tuple[int | None, ...] = (None,) * 5
@@ -61,16 +61,22 @@ class Site:
         """The module path without the call's number."""
         return self.name.split("#", maxsplit=1)[0]
 
+    @property
+    def sparse(self) -> bool:
+        """Whether it left out any block."""
+        return self.density is not None and self.density < 1
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values only: ``json.dumps`` takes it."""
         return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
 
-# Codes that only a run can give; those decided in the graph are in passes/codes.py.
-OUTSIDE = {
+# Codes that only `explain` gives; those decided in the graph are in passes/codes.py.
+RUN_CODES = {
     "outside-graph": "ran outside every compiled graph",
     "other-backend": "the library's attention backend is not the native one",
     "unreadable": "blade could not read the graph or the call",
+    "disabled": "BLADE_DISABLE=1 turns every rewrite off",
 }
 
 
@@ -89,17 +95,18 @@ class Report:
         """``24 of 48 attention sites run sparse; 24 stay dense: 24 cross``."""
         if not self.sites:
             return "no attention was found"
-        sparse = sum(site.density is not None for site in self.sites)
-        dense = Counter(site.code for site in self.sites if site.density is None)
         of, run = (
             ("1 attention site", "runs") if len(self.sites) == 1 else (f"{len(self.sites)} attention sites", "run")
         )
-        text = f"{sparse} of {of} {run} sparse"
+        text = f"{sum(site.sparse for site in self.sites)} of {of} {run} sparse"
+        full = sum(site.density == 1 for site in self.sites)
+        if full:
+            text += f"; {full} {'keeps' if full == 1 else 'keep'} every block"
+        dense = Counter(site.code for site in self.sites if site.density is None)
         if dense:
-            stays = "stays" if sum(dense.values()) == 1 else "stay"
-            text += f"; {sum(dense.values())} {stays} dense: " + ", ".join(
-                f"{n} {code}" for code, n in dense.most_common()
-            )
+            number = sum(dense.values())
+            why = ", ".join(f"{n} {code}" for code, n in dense.most_common())
+            text += f"; {number} {'stays' if number == 1 else 'stay'} dense: {why}"
         return text
 
     def to_dict(self) -> dict[str, Any]:
@@ -143,7 +150,7 @@ class Report:
         for title in header:
             table.add_column(title, overflow="fold", no_wrap=title not in {"site", "reason"})
         for (group, _), row in zip(_grouped(self.sites), rows, strict=True):
-            table.add_row(*map(Text, row), style="green" if group.density is not None else "dim")
+            table.add_row(*map(Text, row), style="green" if group.sparse else "dim")
         yield table
 
     def plain(self) -> str:
@@ -219,7 +226,7 @@ def _row(first: Site, members: list[Site]) -> list[str]:
         _spread([site.recall for site in members]),
         _times(members, "predicted"),
         _times(members, "measured"),
-        "" if first.code == "rewritten" and first.density is not None else first.reason,
+        "" if first.sparse else first.reason,
     ]
 
 
@@ -261,7 +268,7 @@ def _tokens(ranges: tuple[Range, ...]) -> str:
 
 def _decision(site: Site) -> str:
     if site.density is not None:
-        return f"sparse ({site.ran})"
+        return f"{'sparse' if site.sparse else 'all blocks'} ({site.ran})"
     return f"dense: {site.code}"
 
 

@@ -19,7 +19,7 @@ from .passes.pipeline import SparseAttentionPass
 from .report import Range, Site
 from .site_probe import Observation, observe_call, predicted
 
-_DENSE_BY_CHOICE = {"off", "excluded", "too-short", "no-gain"}
+_DENSE_BY_CHOICE = {"disabled", "never", "policy", "excluded", "too-short", "no-gain"}
 
 
 @dataclass
@@ -192,6 +192,8 @@ def _take(row: Site, seen: Observation, site: AttentionSite, kwargs: dict[str, A
         row.recall, row.measured_dense, row.measured_sparse = seen.recall, seen.measured_dense, seen.measured_sparse
         if seen.density is None:
             row.code, row.reason = _ran_dense(seen, kwargs.get("min_tokens", 0))
+        elif seen.density == 1:
+            row.reason = f"keeps every block ({seen.ran} is at least as fast as SDPA here, or the options say so)"
         sizes = (
             seen.shape,
             getattr(torch, seen.dtype),

@@ -49,10 +49,8 @@ def _generators(inputs: tuple[Any, ...]) -> list[Callable[[], None]]:
         numpy = sys.modules["numpy"].random
         state = numpy.get_state()
         restore.append(lambda: numpy.set_state(state))
-    for leaf in tree_leaves(inputs):
-        if isinstance(leaf, torch.Generator):
-            restore.append(functools.partial(leaf.set_state, leaf.get_state()))
-    return restore
+    given = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Generator)]
+    return restore + [functools.partial(generator.set_state, generator.get_state()) for generator in given]
 
 
 def _tensors(model: nn.Module, inputs: tuple[Any, ...]) -> Callable[[], None]:

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from .decide import Settings, decide_site
 from .find_attention import AttentionSite, find_sites
+from .graph_dump import dump_graph
 from .rewrite import RewriteError, rewrite_site
 
 logger = logging.getLogger("blade_compile")
@@ -50,12 +51,15 @@ class SparseAttentionPass(CustomGraphPass):
         except Exception as error:  # noqa: BLE001 (a user's program never breaks because of us)
             warn_unreadable(error)
             return
+        if sites:
+            dump_graph(graph, "before")
         for site in sites:
             self._treat(graph, site)
         if sites:
             graph.lint()
             if graph.owning_module is not None:
                 graph.owning_module.recompile()
+            dump_graph(graph, "after")
             _log(sites, time.perf_counter() - start)
         if self.on_sites is not None:
             self.on_sites(sites)
