@@ -292,6 +292,22 @@ BLADE_INLINE void accumulate(const Address& at, int64_t depth, const float* __re
   for (; k < depth; k++) step(k);
 }
 
+// The same with one running sum per kPart terms: the rounding of a long sum grows with its number of terms, and head
+// dimensions above 128 would exceed twice dense attention's error. Shorter sums never enter the loop.
+constexpr int64_t kPart = 128;
+template <bool Pairs, int LANES, int R, int N, class Address>
+BLADE_INLINE void accumulate_in_parts(const Address& at, int64_t depth, const float* b, Vec (&acc)[R][N]) {
+  accumulate<Pairs, LANES>(at, std::min(depth, kPart), b, acc);
+#pragma GCC unroll 1
+  for (int64_t start = kPart; start < depth; start += kPart) {
+    Vec part[R][N] = {};
+    auto shifted = [&](int r, int64_t k) { return at(r, start + k); };
+    accumulate<Pairs, LANES>(shifted, std::min(depth - start, kPart), b + start * LANES, part);
+    for (int r = 0; r < R; r++)
+      for (int n = 0; n < N; n++) acc[r][n] += part[r][n];
+  }
+}
+
 // One register tile, and what to do with it: epilogue(row, lane, acc) gets R rows x N vectors while they are still in
 // registers. Not inlined: each instance then has the whole register file for its accumulators. With Clamped, rows past
 // the end repeat the last one.
@@ -306,10 +322,10 @@ BLADE_NOINLINE void panel(int row, int rows, const uint32_t* a, RowStride row_st
       const uint32_t* in[R];
       for (int r = 0; r < R; r++) in[r] = first + std::min(r, rows - row - 1) * row_stride;
       auto at = [&](int r, int64_t k) { return in[r] + k * depth_stride; };
-      accumulate<Pairs, LANES>(at, depth, b + lane, acc);
+      accumulate_in_parts<Pairs, LANES>(at, depth, b + lane, acc);
     } else {
       auto at = [&](int r, int64_t k) { return first + r * row_stride + k * depth_stride; };
-      accumulate<Pairs, LANES>(at, depth, b + lane, acc);
+      accumulate_in_parts<Pairs, LANES>(at, depth, b + lane, acc);
     }
     epilogue(row, lane, acc);
   }
