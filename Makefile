@@ -44,7 +44,7 @@ types: $(STAMP)  ## mypy, on the wheel: it does not follow the package's __path_
 		--cache-dir $(CURDIR)/.cache/mypy -p blade_compile
 
 conformance: $(STAMP)  ## every diffusers transformer and spelling; resumable; writes the committed table
-	$(BIN)/python -m benchmarks.conformance
+	$(BIN)/python -m tests.conformance
 
 fuzz: $(STAMP)  ## the property tests with many random examples; resumable; writes the committed table
 	$(BIN)/python -m benchmarks.fuzz

@@ -42,7 +42,8 @@ def blade(
 
     config, inductor = split_options(mode, options)
     # config_patches, not a context manager: the backward graph compiles later and must see the same options.
-    return compile_fx(gm, example_inputs, config_patches=inductor_options(config, inductor))  # type: ignore[no-any-return]
+    compiled: Any = compile_fx(gm, example_inputs, config_patches=inductor_options(config, inductor))
+    return compiled  # type: ignore[no-any-return]
 
 
 def _reset() -> None:
@@ -105,7 +106,7 @@ def inductor_options(
         from .settings import settings_of
 
         return pipeline.inductor_patches(settings_of(config), patches)
-    except Exception as error:  # noqa: BLE001 (an odd torch build must not take the user's program down)
+    except Exception as error:  # an odd torch build must not take the user's program down
         logger.warning("blade is off (%s: %s); the model is compiled by plain Inductor.", type(error).__name__, error)
         logger.debug("details", exc_info=True)
         return patches

@@ -145,7 +145,7 @@ def _describe(
         nQ,
         nK,
     )
-    strides = (0, 0, 0)
+    strides: tuple[int, ...] = (0, 0, 0)
     if bias is not None:
         bias = bias.to(torch.float32)
         strides = bias.expand(B, H, T).stride()

@@ -17,7 +17,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: f
     if mask is not None:
         mask = mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     out, lse = _native(q, k, v, mask, scale)
-    result = aten.flash_layout(*q.shape, q)
+    B, H, S, D = q.shape
+    result = aten.flash_layout(B, H, S, D, q)
     result.copy_(out)
     return result, lse.contiguous()
 

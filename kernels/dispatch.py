@@ -118,27 +118,18 @@ def _select(
     forced_q: Tensor | None,
     forced_k: Tensor | None,
 ) -> tuple[Tensor, Tensor, str]:
-    chosen = {"sparsity": sel.sparsity, "tau": sel.tau, "min_keep": sel.min_keep, "max_keep": sel.max_keep}
+    chosen = (sel.sparsity, sel.tau, sel.min_keep, sel.max_keep, forced_q, forced_k)
     if _kernel_runs(q):
-        positions = (
-            positions_cached(n, sel.block_size, sel.probe_tokens, q.shape[1], sel.seed, side)
-            for n, side in ((q.shape[2], "q"), (k.shape[2], "k"))
-        )
-        num, idx = cpu_probe.predict(
-            q, k, bias, scale, sel.block_size, *positions, **chosen, force_q=forced_q, force_k=forced_k
-        )
+        (S, T), H = (q.shape[2], k.shape[2]), q.shape[1]
+        pos_q = positions_cached(S, sel.block_size, sel.probe_tokens, H, sel.seed, "q")
+        pos_k = positions_cached(T, sel.block_size, sel.probe_tokens, H, sel.seed, "k")
+        num, idx = cpu_probe.predict(q, k, bias, scale, sel.block_size, pos_q, pos_k, *chosen)
         return num, idx, f"cpu-{cpu_build.loaded_isa()}"
-    parts = [
-        reference.select_blocks(
-            reference.probe_map(
-                q[b : b + 1], k[b : b + 1], _row(bias, b), scale, sel.block_size, sel.probe_tokens, sel.seed
-            ),
-            **chosen,
-            force_q=forced_q,
-            force_k=forced_k,
-        )
-        for b in range(q.shape[0])  # one sample at a time bounds the probe's memory and keeps its mask its own
-    ]
+    parts = []
+    for b in range(q.shape[0]):  # one sample at a time bounds the probe's memory and keeps its mask its own
+        sample, keys, mask = q[b : b + 1], k[b : b + 1], _row(bias, b)
+        block_map = reference.probe_map(sample, keys, mask, scale, sel.block_size, sel.probe_tokens, sel.seed)
+        parts.append(reference.select_blocks(block_map, *chosen))
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), "aten"
 
 

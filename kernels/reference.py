@@ -113,7 +113,6 @@ def keep_count(share: float, num_blocks: int) -> int:
 
 def select_blocks(
     block_map: Tensor,
-    *,
     sparsity: float | None = None,
     tau: float = 0.95,
     min_keep: float = 0.05,

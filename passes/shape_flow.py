@@ -169,7 +169,8 @@ def stacking(step: Step) -> Flow:
     nodes = [n for n in step.arg(0, "tensors", "sequences") if is_tensor(n)]
     if parts is None:
         return LEAF
-    full = [n for n in nodes if all(shape_of(n)[axis_map[a]] == step.shape[a] for a in step.token_axes())]
+    pairs = [(axis_map[a], a) for a in step.token_axes()]
+    full = [n for n in nodes if all(old is not None and shape_of(n)[old] == step.shape[new] for old, new in pairs)]
     return step.merge([step.state(n, parts) for n in full])
 
 
