@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernels import cost, dispatch, lists, observe, reference
+from blade_compile.kernels import cost, dispatch, lists, observe, reference
 
 SAMPLED_ROWS = 64
 "query rows per head on which recall is computed"

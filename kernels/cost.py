@@ -133,9 +133,12 @@ def choose(
     ``sizes``: (B, H, S, T, D, block). ``kept``: expected density. A family that was never measured stays with SDPA.
     """
     named = dict(zip(NAMES[:6], sizes, strict=True), probe=probe_tokens)
-    cost_of = functools.partial(seconds, family, dtype, **named)
-    sdpa, full = cost_of("dense", density=1.0), cost_of("attention", density=1.0)
-    sparse = cost_of("attention", density=kept) + cost_of("predict", density=kept)
+
+    def cost_of(what: str, density: float) -> float:
+        return seconds(family, dtype, what, **named, density=density)
+
+    sdpa, full = cost_of("dense", 1.0), cost_of("attention", 1.0)
+    sparse = cost_of("attention", kept) + cost_of("predict", kept)
     margin = min(MARGIN, table()[family].get("margin", {}).get(dtype, MARGIN))
     # Each comparison is false for NaN.
     if sparse < margin * min(sdpa, full):
