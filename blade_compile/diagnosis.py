@@ -105,7 +105,7 @@ def _switched_off() -> bool:
 def _config(region: Region, given: BladeConfig | Mapping[str, Any] | None) -> BladeConfig:
     if isinstance(given, BladeConfig):
         return given
-    options = region.options if given is None else {"options": given}
+    options: Mapping[str, Any] = region.options if given is None else {"options": given}
     return split_options(options.get("mode"), options.get("options"))[0]
 
 

@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -63,12 +64,12 @@ def attention_calls(run: Callable[[], object], paths: dict[int, str]) -> list[Ca
 
 def module_around(paths: dict[int, str], depth: int = 1) -> str:
     """Path of the innermost module whose method is on the Python stack; empty where there is none."""
-    frame = sys._getframe(depth)
+    frame: FrameType | None = sys._getframe(depth)
     while frame is not None:
         path = paths.get(id(frame.f_locals.get("self")))
         if path is not None:
             return path
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return ""
 
 

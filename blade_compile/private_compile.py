@@ -112,7 +112,7 @@ def fresh_dynamo() -> Iterator[dict[str, Counter[str]]]:
     """
     from torch._dynamo import config, pgo, utils
 
-    wanted = {
+    wanted: dict[str, Any] = {
         "automatic_dynamic_shapes": False,
         "automatic_dynamic_local_pgo": False,
         "automatic_dynamic_remote_pgo": False,
@@ -126,7 +126,7 @@ def fresh_dynamo() -> Iterator[dict[str, Counter[str]]]:
     learned = getattr(pgo, "_CODE_STATE", None)
     if learned is not None:
         pgo._CODE_STATE = type(learned)(learned.default_factory)
-    with config.patch(**known), torch.compiler.set_stance("default"):
+    with config.patch(known), torch.compiler.set_stance("default"):
         counted = {name: counter.copy() for name, counter in utils.counters.items()}
         utils.counters.clear()
         try:

@@ -150,8 +150,8 @@ def _of_module(module: nn.Module, paths: dict[int, str]) -> list[Region]:
             Region(module, paths[id(module)], "in-place", own, "_compiled_call_impl", None, _context_of(in_place))
         )
     forward = own.get("forward")
-    if hasattr(forward, "_torchdynamo_orig_callable"):
-        plain = forward._torchdynamo_orig_callable
+    plain = getattr(forward, "_torchdynamo_orig_callable", None)
+    if plain is not None:
         found.append(Region(module, paths[id(module)], "forward", own, "forward", plain, _context_of(forward)))
     return found
 

@@ -166,9 +166,12 @@ def _new_row(site: AttentionSite, around: str, settings: Settings) -> Site:
         mask=site.mask_kind,
         calls=0,
     )
-    if not site.rewritten and site.dtype is not None and site.device is not None and None not in row.shape:
-        sizes = (row.shape, site.dtype, torch.device(site.device), settings.block_size, settings.probe_tokens)
-        row.predicted_dense, sparse = predicted(*sizes, _best_density(row.shape[3], settings))
+    shape = tuple(size for size in row.shape if size is not None)
+    if not site.rewritten and site.dtype is not None and site.device is not None and len(shape) == 5:
+        density = _best_density(shape[3], settings)
+        device = torch.device(site.device)
+        times = predicted(shape, site.dtype, device, settings.block_size, settings.probe_tokens, density)
+        row.predicted_dense, sparse = times
         row.predicted_sparse = sparse if row.code in _DENSE_BY_CHOICE else None
     return row
 

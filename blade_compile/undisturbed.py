@@ -39,9 +39,9 @@ def undisturbed(model: nn.Module, *inputs: Any) -> Iterator[Callable[[], None]]:
         rewind()
 
 
-def _generators(inputs: tuple[Any, ...]) -> list[Callable[[], None]]:
+def _generators(inputs: tuple[Any, ...]) -> list[Callable[[], object]]:
     python, cpu = random.getstate(), torch.get_rng_state()
-    restore: list[Callable[[], None]] = [lambda: random.setstate(python), lambda: torch.set_rng_state(cpu)]
+    restore: list[Callable[[], object]] = [lambda: random.setstate(python), lambda: torch.set_rng_state(cpu)]
     if torch.cuda.is_initialized():
         cuda = torch.cuda.get_rng_state_all()
         restore.append(lambda: torch.cuda.set_rng_state_all(cuda))
@@ -50,7 +50,8 @@ def _generators(inputs: tuple[Any, ...]) -> list[Callable[[], None]]:
         state = numpy.get_state()
         restore.append(lambda: numpy.set_state(state))
     given = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Generator)]
-    return restore + [functools.partial(generator.set_state, generator.get_state()) for generator in given]
+    restore.extend(functools.partial(generator.set_state, generator.get_state()) for generator in given)
+    return restore
 
 
 def _tensors(model: nn.Module, inputs: tuple[Any, ...]) -> Callable[[], None]:
