@@ -41,9 +41,22 @@ def blade(
     from torch._inductor.compile_fx import compile_fx
 
     config, inductor = split_options(mode, options)
+    _mark(gm)
     # config_patches, not a context manager: the backward graph compiles later and must see the same options.
     compiled: Any = compile_fx(gm, example_inputs, config_patches=inductor_options(config, inductor))
     return compiled  # type: ignore[no-any-return]
+
+
+def _mark(gm: fx.GraphModule) -> None:
+    """Note what only the whole graph shows: Inductor hands its passes the sub-graphs first, one by one."""
+    if os.environ.get("BLADE_DISABLE") == "1":
+        return
+    try:
+        from .passes.find_attention import mark_custom_autograd
+
+        mark_custom_autograd(gm)
+    except Exception as error:
+        logger.debug("custom autograd functions could not be marked", exc_info=error)
 
 
 def _reset() -> None:
