@@ -14,11 +14,14 @@ FAMILY = "spellings"
 
 
 class Spelled(nn.Module):
-    """A spelling's function as a module."""
+    """A spelling's function as a module; modules that the function holds are registered, so that `.double()` works."""
 
     def __init__(self, spelling: Spelling) -> None:
         super().__init__()
         self.spelling_call = spelling.call
+        cells = [cell.cell_contents for cell in getattr(spelling.call, "__closure__", None) or ()]
+        held = [*cells, *(getattr(spelling.call, "__defaults__", None) or ())]
+        self.held = nn.ModuleList(value for value in held if isinstance(value, nn.Module))
 
     def forward(self, *tensors: Tensor) -> Any:
         return self.spelling_call(*tensors)
@@ -32,7 +35,7 @@ def _entry(spelling: Spelling) -> Entry:
 
     return Entry(
         name=f"spelling: {spelling.name}",
-        build=lambda: Spelled(spelling).eval(),
+        build=lambda: Spelled(spelling),  # in the mode that the spelling asks for
         inputs=inputs,
         family=FAMILY,
         codes=(spelling.code,) if spelling.code is not None else (),
