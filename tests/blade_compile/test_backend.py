@@ -204,11 +204,11 @@ _SECOND_PROCESS = """
 import json, sys, torch
 from torch._dynamo.utils import counters
 from blade_compile.kernels import observe
-from tests.blade_compile.models import HALF, TinyDiT, inputs
+from tests.blade_compile.models import HALF, Attention
 torch.manual_seed(0)
-model, args = TinyDiT(layers=1), inputs()
+model, x = Attention(), torch.randn(2, 96, 64)  # no kernel for the C++ compiler to build
 with torch.no_grad(), observe.record() as events:
-    torch.compile(model, backend="blade", options={**HALF, "sparsity": float(sys.argv[1])})(*args)
+    torch.compile(model, backend="blade", options={**HALF, "sparsity": float(sys.argv[1])})(x)
 density = [event.density for event in events if event.op == "mask_predict"]
 print(json.dumps({"hits": counters["inductor"]["fxgraph_cache_hit"], "density": density}))
 """
