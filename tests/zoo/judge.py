@@ -83,6 +83,12 @@ def _sites(entry: Entry, model: nn.Module, calls: list[Call], row: Row, problems
         "density": min((site.density for site in report.sites if site.density is not None), default=1.0),
         "must": required(entry, calls) if entry.codes is None else entry.codes.count("rewritten"),
     }
+    # Text and registers are protected, an image is not: of five blocks and more some must go at half the budget.
+    whole = [
+        site.name for site in report.sites if site.density == 1 and (site.shape[3] or 0) > 4 * ALWAYS["block_size"]
+    ]
+    if whole:
+        problems.append(f"sparsity=0.5 drops nothing in {', '.join(whole)}")
     if entry.codes is not None:
         if sorted(codes.elements()) != sorted(entry.codes):
             problems.append(f"codes {sorted(codes.elements())}, expected {sorted(entry.codes)}")
