@@ -50,6 +50,7 @@ def test_print_is_plain_unless_there_is_a_terminal(monkeypatch, capsys) -> None:
     report = Report(layers())
     print(report)  # noqa: T201
     assert "\x1b" not in capsys.readouterr().out
+    monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     assert "\x1b[" in str(report)
     assert "blocks.{0-2}.attn1" in str(report)
