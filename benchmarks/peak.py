@@ -30,7 +30,7 @@ class Peak:
         self.isa = isa
         with tempfile.TemporaryDirectory() as folder:
             library = str(Path(folder) / "peak.so")
-            flags = [*cpu_build.COMMON_FLAGS, *cpu_build.ISA_FLAGS[isa]]
+            flags = [*cpu_build.COMMON_FLAGS, *cpu_build.ISA_FLAGS[isa], "-shared"]
             command = [*cpu_build._find_compiler(), *flags, str(SOURCE), "-o", library]
             subprocess.run(command, check=True, capture_output=True, text=True)
             self._library = ctypes.CDLL(library)
