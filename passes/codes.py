@@ -14,6 +14,7 @@ SENTENCES: dict[str, str] = {
     "pair-mask": "the mask {detail} depends on query and key together; only masks on keys can be honoured exactly",
     "mask-grad": "the mask needs a gradient, and the block-sparse operator returns none for it",
     "cross": "keys and values come from another source than the queries ({detail})",
+    "channels": "the attention runs over channels, not over tokens",
     "weights-used": "the attention {detail} are used elsewhere in the graph, so they must be computed anyway",
     "dropout": "dropout on the attention weights is active ({detail})",
     "flex": "FlexAttention already says which blocks are computed",

@@ -266,6 +266,8 @@ def _check(site: AttentionSite, shadow: Shadow, lineage: Lineage, found: Match) 
             site.mask_needs_grad |= needs_gradient(term.node, placeholders, writers_of)
         check_mask(found.roles, term, found.queries, found.keys, site.mask_needs_grad, lambda n: bool(writers_of(n)))
     site.sources = _sources(lineage, found)
+    if site.sources.kind == "channels":
+        raise Refusal("channels")
     if site.sources.kind == "cross":
         raise Refusal("cross", site.sources.reason)
     if site.sources.kind == "unknown" and not _same_length(found):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from blade_compile.passes import axes
+from blade_compile.passes.extents import hint
 from blade_compile.passes.token_flow import LEAF, Flow, Step, is_tensor, same_axes, shape_of, token_wise
 
 
@@ -102,10 +103,17 @@ def lookup(step: Step) -> Flow:
 
 
 def indexing(step: Step) -> Flow:
-    """x[..., ids, ...] with one 1-D index: token-wise if it picks along another axis."""
+    """x[..., ids, ...] with one 1-D index: token-wise if it picks along another axis; else a new sequence, with the one
+    it picks from kept as ``inner``.
+    """
     node, ids = step.first(), step.arg(1, "indices")
     if not isinstance(ids, (list, tuple)) or len(shape_of(node)) != len(step.shape):
         return LEAF
     picked = {axis for axis, item in enumerate(ids) if item is not None}
     simple = len(picked) == 1 and all(len(shape_of(i)) == 1 for i in ids if i is not None)
-    return same_axes(step, node) if simple and not picked & step.token_axes() else LEAF
+    if not simple:
+        return LEAF
+    if not picked & step.token_axes():
+        return same_axes(step, node)
+    (axis,) = picked
+    return Flow("leaf", inner=step.state(node, axes.whole_axis(axis, hint(shape_of(node)[axis]))))

@@ -12,6 +12,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
 from blade_compile.passes.extents import Count, Extent
 
 if TYPE_CHECKING:
@@ -60,10 +62,16 @@ def protected(segments: Segments, lineage: Lineage, image: frozenset[Leaf] = fro
     return tuple(Part(first.value, length.value) for first, length in out)
 
 
+def _counted_at_run_time(segment: Segment) -> bool:
+    """Whether the length depends on data (the valid tokens of a padded prompt): its hint means nothing."""
+    value = segment.length.value
+    return not isinstance(value, int) and bool(free_unbacked_symbols(value))
+
+
 def _image_parts(segments: Segments, lineage: Lineage, image: frozenset[Leaf]) -> list[bool]:
     if len(segments) < 2:
         return [True] * len(segments)
-    text = [is_text(segment, lineage) for segment in segments]
+    text = [is_text(segment, lineage) or _counted_at_run_time(segment) for segment in segments]
     if all(text):
         text = [False] * len(segments)
     lengths = [segment.length.hint for segment in segments]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from blade_compile.passes.extents import ZERO
-from blade_compile.passes.lineage import Leaf, Lineage, Segments, aligned, take, total
+from blade_compile.passes.lineage import Leaf, Lineage, Segment, Segments, aligned, take, total
 from blade_compile.passes.protect import Part, image_leaves, protected
 from blade_compile.passes.token_flow import op_name
 
@@ -61,10 +61,18 @@ def classify_sources(
 def _classify(lineage: Lineage, q: Segments, k: Segments, v: Segments) -> Sources:
     if not q or not k:
         return Sources("unknown", reason="the token axis of the queries or keys has one token or no known size")
+    if _channels(q) and _channels(k):
+        return Sources("channels", reason="queries and keys are the channels of a projection")
     kind, reason = _kind(lineage, q, k, v)
     if kind == "cross":
         return Sources(kind, reason=reason)
     return Sources(kind, protected(q, lineage), protected(k, lineage, image_leaves(q, lineage)), reason)
+
+
+def _channels(segments: Segments) -> bool:
+    """Whether the tokens are the output features of a linear layer, with nothing learned after it (XCiT)."""
+    leaves = [leaf for segment in segments for leaf in segment.leaves]
+    return all(op_name(leaf.node) == "linear" for leaf in leaves) and not any(s.projected for s in segments)
 
 
 def _kind(lineage: Lineage, q: Segments, k: Segments, v: Segments) -> tuple[str, str]:
@@ -98,7 +106,21 @@ def _same_tokens(lineage: Lineage, q: Segments, k: Segments, v: Segments) -> boo
     sides = aligned([q, k, v] if v and total(v) == total(k) else [q, k])
     if len({len(side) for side in sides}) > 1:
         return False
-    return all(_related(*(_leaves(lineage, (segment,)) for segment in group)) for group in zip(*sides))
+    groups = list(zip(*sides))
+    # One token has no axis to be followed along (a class token cut off and put back): the others tell.
+    telling = [group for group in groups if group[0].length.hint > 1] or groups
+    return all(_related_parts(lineage, group) for group in telling)
+
+
+def _related_parts(lineage: Lineage, group: tuple[Segment, ...]) -> bool:
+    sides = [_leaves(lineage, (segment,)) for segment in group]
+    return _related(*sides) or (_picked_alike(sides) and _related(*(_inner(lineage, side) for side in sides)))
+
+
+def _picked_alike(sides: list[frozenset[Leaf]]) -> bool:
+    """Whether all sides are tokens picked by the same index (the valid text tokens of each of q, k and v)."""
+    nodes = [leaf.node for side in sides for leaf in side]
+    return all(op_name(node) == "index" and node.args[1:] == nodes[0].args[1:] for node in nodes)
 
 
 def _related(q: frozenset[Leaf], k: frozenset[Leaf], v: frozenset[Leaf] = frozenset()) -> bool:
