@@ -107,14 +107,19 @@ def table_hash() -> str:
     return hashlib.sha256(json.dumps(table(), sort_keys=True).encode()).hexdigest()
 
 
+def measured(family: str) -> bool:
+    """Whether the table has constants for a device family."""
+    return bool(table().get(family, {}).get("constants"))
+
+
 def seconds(family: str, dtype: str, what: str, **sizes: float) -> float:
     """Predicted seconds on one core of ``what`` (a key of `expressions`) for a device family and dtype name.
 
     NaN for a family that was never measured.
     """
-    entry = table()[family]["constants"]
-    if not entry:
+    if not measured(family):
         return math.nan
+    entry = table()[family]["constants"]
     constants = entry.get(dtype) or entry["float32"]
     values = [sizes.get(name, 0.0) for name in NAMES]
     return _compiled()[what](*values, *(constants[name] for name in CONSTANTS)) * 1e-12
@@ -139,7 +144,7 @@ def choose(
 
     sdpa, full = cost_of("dense", 1.0), cost_of("attention", 1.0)
     sparse = cost_of("attention", kept) + cost_of("predict", kept)
-    margin = min(MARGIN, table()[family].get("margin", {}).get(dtype, MARGIN))
+    margin = min(MARGIN, table().get(family, {}).get("margin", {}).get(dtype, MARGIN))
     # Each comparison is false for NaN.
     if sparse < margin * min(sdpa, full):
         return "sparse"

@@ -106,10 +106,22 @@ def parallel_for() -> int | None:
 @functools.cache
 def available_isas() -> tuple[str, ...]:
     """Variants that this machine can run, best first."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
+    if not is_x86():
         return ("plain",)
     flags = _cpu_flags()
     return tuple(name for name, needs in ISA_NEEDS.items() if needs <= flags)
+
+
+@functools.cache
+def is_x86() -> bool:
+    """Whether this is an x86-64 machine."""
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
+@functools.cache
+def has_matrix_tiles() -> bool:
+    """Whether the CPU multiplies 16-bit matrices in tiles (Intel AMX), which torch's dense attention then uses."""
+    return "amx_bf16" in _cpu_flags()
 
 
 @functools.cache

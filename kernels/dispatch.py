@@ -37,7 +37,12 @@ def family(device: torch.device, dtype: torch.dtype) -> str:
     if device.type != "cpu":
         return "accelerator-aten"
     isa = cpu_build.loaded_isa() if dtype in KERNEL_DTYPES else None
-    return f"cpu-{isa}" if isa else "cpu-aten"
+    if isa is None:
+        return "cpu-aten"
+    # Dense attention there is another program (matrix tiles on Intel, other libraries on Arm) that nobody measured.
+    if not cpu_build.is_x86():
+        return "cpu-arm"
+    return "cpu-amx" if dtype != torch.float32 and cpu_build.has_matrix_tiles() else f"cpu-{isa}"
 
 
 def key_bias(key_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -72,8 +72,9 @@ def decide_site(site: AttentionSite, settings: Settings) -> None:
     if settings.when == "auto":
         if statically_known_true(settings.min_tokens > site.T):
             return site.refuse("too-short", f"{site.T} key tokens, fewer than min_tokens={settings.min_tokens}")
-        if _never_gains(site, settings):
-            return site.refuse("no-gain", f"dense is predicted to be as fast at {site.S} x {site.T} tokens")
+        why = _no_gain(site, settings)
+        if why is not None:
+            return site.refuse("no-gain", why)
     site.accept()
     return None
 
@@ -83,19 +84,22 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(plain, p) or fnmatchcase(plain, f"*.{p}") for p in patterns)
 
 
-def _never_gains(site: AttentionSite, settings: Settings) -> bool:
-    """Whether SDPA is predicted fastest at static sizes. With symbolic sizes the operator decides as it runs."""
+def _no_gain(site: AttentionSite, settings: Settings) -> str | None:
+    """Why SDPA is at least as fast, as far as that is known at compile time; None: sparse may gain.
+
+    With symbolic sizes the operator decides as it runs.
+    """
+    device = site.device if isinstance(site.device, torch.device) else torch.device(site.device)
+    family = dispatch.family(device, site.dtype)
+    if not cost.measured(family):
+        return f"no cost constants for {family}, so dense is kept; when='always' or BLADE_COST_TABLE changes that"
     sizes = (site.B, site.H, site.S, site.T, site.D)
     if not all(type(size) is int for size in sizes):
-        return False
+        return None
     nK = -(-site.T // settings.block_size)
-    if settings.sparsity is not None:
-        kept = reference.keep_count(1 - settings.sparsity, nK) / nK
-    else:
-        kept = reference.keep_count(settings.min_keep, nK) / nK
-    device = site.device if isinstance(site.device, torch.device) else torch.device(site.device)
+    share = settings.min_keep if settings.sparsity is None else 1 - settings.sparsity
+    kept = reference.keep_count(share, nK) / nK
     dtype = str(site.dtype).removeprefix("torch.")
-    choice = cost.choose(
-        dispatch.family(device, site.dtype), dtype, (*sizes, settings.block_size), settings.probe_tokens, kept
-    )
-    return choice == "sdpa"
+    if cost.choose(family, dtype, (*sizes, settings.block_size), settings.probe_tokens, kept) == "sdpa":
+        return f"dense is predicted to be as fast at {site.S} x {site.T} tokens"
+    return None
