@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ COMMON = {
 
 def _quiet_imports() -> None:
     """Messages of libraries about their own optional parts would drown the output."""
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # diffusers sets its logger's level from it on import
     for name in ("torchao", "torch.utils._pytree", "diffusers"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
