@@ -157,7 +157,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
 
 @rewritten("sdpa, key mask written out over queries", with_keys(), kind="sdpa", mask="key")
 def _(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
-    bias = torch.zeros(B, 1, S, S).masked_fill(~keep[:, None, None, :].expand(B, 1, S, S), float("-inf"))
+    bias = torch.zeros(B, 1, S, S, dtype=q.dtype).masked_fill(~keep[:, None, None, :].expand(B, 1, S, S), float("-inf"))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
