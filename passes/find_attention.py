@@ -16,6 +16,7 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from blade_compile.kernels.checks import DTYPES, MAX_HEAD_DIM
 from blade_compile.passes import adapters
 from blade_compile.passes.codes import Refusal, sentence
 from blade_compile.passes.dims import Dim
@@ -30,8 +31,6 @@ from blade_compile.passes.sources import Sources, classify_sources
 
 logger = logging.getLogger("blade_compile")
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-MAX_HEAD_DIM = 256
 REWRITTEN = "rewritten"
 _OWNER = "blade_custom_autograd"
 
