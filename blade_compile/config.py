@@ -56,6 +56,8 @@ class BladeConfig:
     "module paths that may be rewritten, as shell patterns (``blocks.*.attn1``); empty: all"
     exclude: tuple[str, ...] = ()
     "module paths that stay dense, as shell patterns"
+    inline_kernels: bool = False
+    "on CUDA, Inductor launches blade's Triton kernels itself instead of calling the operators (``when='always'`` only)"
     mode: str | None = None
     "Inductor mode, e.g. ``max-autotune`` (torch.compile refuses ``mode`` and ``options`` together)"
     calibration: str | None = None
@@ -110,12 +112,14 @@ class BladeConfig:
                 )
 
     def _check_numbers(self) -> None:
-        if self.block_size is not None and (self.block_size not in BLOCK_SIZES or isinstance(self.block_size, bool)):
+        if self.block_size is not None and (type(self.block_size) is not int or self.block_size not in BLOCK_SIZES):
             raise ValueError(f"block_size={self.block_size!r}; valid are {', '.join(map(str, BLOCK_SIZES))} or None.")
         if self.sparsity is not None:
             _check_number("sparsity", self.sparsity, 0.0, 1.0, low_open=False, high_open=True)
         for name in _TAU_FIELDS:
             _check_number(name, getattr(self, name), 0.0, 1.0, low_open=True, high_open=False)
+        if not isinstance(self.inline_kernels, bool):
+            raise ValueError(f"inline_kernels={self.inline_kernels!r}; valid are True and False.")
         _check_integer("probe_tokens", self.probe_tokens, 1, self.block)
         _check_integer("seed", self.seed, 0, 2**31 - 1)
         _check_integer("min_tokens", self.min_tokens, 0, 2**62)
@@ -162,7 +166,7 @@ def _patterns(name: str, value: Any) -> tuple[str, ...]:
 
 
 def _ranges(value: Any) -> str | tuple[tuple[int, int], ...]:
-    if value == "auto":
+    if isinstance(value, str) and value == "auto":
         return "auto"
     problem = f"protect={value!r}; valid are 'auto' or (start, length) ranges of tokens such as ((0, 226),)."
     if not isinstance(value, (list, tuple)):

@@ -105,6 +105,10 @@ def _switched_off() -> bool:
 def _config(region: Region, given: BladeConfig | Mapping[str, Any] | None) -> BladeConfig:
     if isinstance(given, BladeConfig):
         return given
+    if given is not None and not isinstance(given, Mapping):
+        raise ValueError(
+            f"blade_options is a {type(given).__name__}; expected a BladeConfig, a mapping of options, or None."
+        )
     options: Mapping[str, Any] = region.options if given is None else {"options": given}
     return split_options(options.get("mode"), options.get("options"))[0]
 

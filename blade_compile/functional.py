@@ -37,7 +37,8 @@ def sparse_attention(
         ValueError: for shapes, dtypes or settings that don't fit.
     """
     cfg = BladeConfig.of(config)
-    checks.attention(q, k, v, key_mask, cfg.block)
+    q, k, v = _autocast(q, k, v)
+    _check(q, k, v, key_mask, cfg.block, scale)
     if cfg.policy == "dense" or cfg.when == "never":
         return _dense(q, k, v, key_mask, scale)
     protect_q, protect_k = _protected(cfg, q.shape[2]), _protected(cfg, k.shape[2])
@@ -61,7 +62,8 @@ def mask_predict(
     [B, H, nQ, nK], ascending, zero past the count. No gradient.
     """
     cfg = BladeConfig.of(config)
-    checks.attention(q, k, None, key_mask, cfg.block)
+    q, k = _autocast(q, k)
+    _check(q, k, None, key_mask, cfg.block, scale)
     if cfg.policy == "dense":
         nQ, nK = -(-q.shape[2] // cfg.block), -(-k.shape[2] // cfg.block)
         return lists.full_lists(q.shape[0], q.shape[1], nQ, nK, q.device)
@@ -100,12 +102,32 @@ def block_sparse_attention(
     Raises:
         ValueError: for shapes or dtypes that don't fit, or an index outside the key blocks.
     """
-    checks.attention(q, k, v, key_mask, block_size)
+    q, k, v = _autocast(q, k, v)
+    _check(q, k, v, key_mask, block_size, scale)
     checks.lists(q, k, kv_num_blocks, kv_indices, block_size)
     out, lse = torch.ops.blade.block_sparse_attention.default(
         q, k, v, kv_num_blocks, kv_indices, key_mask, scale, block_size
     )
     return (out, lse) if return_lse else out
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as the operators get them under autocast, so that mixed dtypes are no error there."""
+    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor | None, key_mask: Tensor | None, block_size: int, scale: float | None
+) -> None:
+    checks.attention(q, k, v, key_mask, block_size)
+    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat))):
+        raise ValueError(f"scale is {scale!r}; expected a number, or None for head_dim ** -0.5.")
+    if key_mask is not None and key_mask.requires_grad and torch.is_grad_enabled():
+        raise ValueError("key_mask requires a gradient, and none flows to it; pass key_mask.detach().")
 
 
 def _protected(cfg: BladeConfig, num_tokens: int) -> list[int]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from .kernels import compat
 from .regions import Region
 
 Backend = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
@@ -122,7 +123,7 @@ def fresh_dynamo() -> Iterator[dict[str, Counter[str]]]:
         "suppress_errors": False,
         "caching_precompile": False,
     }
-    known = {name: value for name, value in wanted.items() if hasattr(config, name)}
+    known = compat.known_settings(config, wanted)
     learned = getattr(pgo, "_CODE_STATE", None)
     if learned is not None:
         pgo._CODE_STATE = type(learned)(learned.default_factory)

@@ -22,4 +22,5 @@ def settings_of(config: BladeConfig) -> Settings:
         min_tokens=config.min_tokens,
         include=config.include,
         exclude=config.exclude,
+        inline_kernels=config.inline_kernels,
     )

@@ -1,7 +1,9 @@
 """Block-sparse attention from ATen operators alone: any device, any dtype, no compiler.
 
-Kept key blocks are gathered, a chunk of query blocks at a time, and attended to densely. Memory beyond inputs and
-outputs is bounded by CHUNK_ELEMENTS of gathered keys and values and the scores of the same chunk: never S x T.
+Kept key blocks are gathered, a chunk of heads and query blocks at a time, and attended to densely. Memory beyond
+copies of inputs and outputs in the compute dtype is a few temporaries, each of at most CHUNK_ELEMENTS or what one query
+block of one group of heads needs, whichever is more: B * group * (tokens of the longest row) * max(D, block). The probe
+goes in strips of query blocks of at most CHUNK_ELEMENTS scores, or one block's. Never S x T.
 Used where the C++ kernel can't be built, for fp64, and on accelerators without a kernel of their own.
 """
 
@@ -12,6 +14,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+from . import reference
 
 CHUNK_ELEMENTS = 1 << 20
 
@@ -42,33 +46,78 @@ class _Blocks:
         x = torch.nn.functional.pad(x.to(self.compute), (0, 0, 0, count * self.block - x.shape[2]))
         return x.unflatten(2, (count, self.block))
 
-    def chunks(self) -> Iterator[slice]:
-        per_row = self.B * self.H * self.idx.shape[-1] * self.block * max(self.D, self.block)
-        step = max(1, CHUNK_ELEMENTS // max(per_row, 1))
-        for start in range(0, self.nQ, step):
-            yield slice(start, min(start + step, self.nQ))
+    def chunks(self) -> Iterator[tuple[slice, slice]]:
+        """(heads, query blocks): whole groups of heads, as many as fit, then as many query blocks of them."""
+        per_head = max(1, self.B * self.idx.shape[-1] * self.block * max(self.D, self.block))
+        heads = max(1, CHUNK_ELEMENTS // (per_head * self.group)) * self.group
+        step = max(1, CHUNK_ELEMENTS // (per_head * min(heads, self.H)))
+        for first in range(0, self.H, heads):
+            for start in range(0, self.nQ, step):
+                yield slice(first, min(first + heads, self.H)), slice(start, min(start + step, self.nQ))
 
-    def address(self, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Index tensors (b, query head, key head, block) [B, H, n, w] of a chunk, and where an entry counts."""
-        idx = self.idx[:, :, rows]
-        valid = torch.arange(idx.shape[-1], device=idx.device) < self.num[:, :, rows, None]
+    def address(self, chunk: tuple[slice, slice]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Index tensors (b, query head, key head, block) [B, h, n, w] of a chunk, and where an entry counts."""
+        heads, rows = chunk
+        idx = self.idx[:, heads, rows]
+        valid = torch.arange(idx.shape[-1], device=idx.device) < self.num[:, heads, rows, None]
         b = torch.arange(self.B, device=idx.device).view(-1, 1, 1, 1)
-        h = torch.arange(self.H, device=idx.device).view(1, -1, 1, 1)
+        h = torch.arange(heads.start, heads.stop, device=idx.device).view(1, -1, 1, 1)
         return b, h, torch.where(valid, idx, 0).long(), valid
 
-    def scores(self, q: Tensor, k: Tensor, rows: slice, scale: float) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """Scores [B, H, n, block, w * block] (minus infinity where hidden), hidden mask, address of the keys."""
-        b, h, idx, valid = self.address(rows)
-        keys = k[b, h // self.group, idx].flatten(3, 4)  # [B, H, n, w * block, D]
+    def scores(
+        self, q: Tensor, k: Tensor, chunk: tuple[slice, slice], scale: float
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Scores [B, h, n, block, w * block] (minus infinity where hidden), hidden mask, address of the keys."""
+        b, h, idx, valid = self.address(chunk)
+        keys = k[b, h // self.group, idx].flatten(3, 4)  # [B, h, n, w * block, D]
         bias = self.bias[b, h, idx].masked_fill(~valid[..., None], -math.inf).flatten(3)[:, :, :, None]
         hidden = bias == -math.inf
-        s = (q[:, :, rows] @ keys.transpose(-1, -2)) * scale + bias.masked_fill(hidden, 0)
+        s = (q[:, chunk[0], chunk[1]] @ keys.transpose(-1, -2)) * scale + bias.masked_fill(hidden, 0)
         return s.masked_fill(hidden, -math.inf), hidden, (b, h // self.group, idx)
 
 
 def _gather_values(v: Tensor, where: tuple[Tensor, ...], hidden: Tensor) -> Tensor:
     """Kept value blocks [B, H, n, w * block, D]; hidden rows are zero, so that 0 * NaN can't reach a row."""
     return v[where].flatten(3, 4).masked_fill(hidden.transpose(-1, -2), 0)
+
+
+def select(
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    block_size: int,
+    probe_tokens: int,
+    seed: int,
+    sparsity: float | None,
+    tau: float,
+    min_keep: float,
+    max_keep: float,
+    force_q: Tensor | None,
+    force_k: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Block lists by the reference, one sample at a time: that bounds the memory and keeps a sample's mask its own."""
+    parts = []
+    for b in range(q.shape[0]):
+        mask = bias if bias is None or bias.shape[0] == 1 else bias[b : b + 1]
+        sample, keys = q[b : b + 1], k[b : b + 1]
+        block_map = torch.cat(
+            [
+                reference.probe_map(sample, keys, mask, scale, block_size, probe_tokens, seed, strip)
+                for strip in _strips(q, k, block_size, probe_tokens)
+            ],
+            dim=2,
+        )
+        parts.append(reference.select_blocks(block_map, sparsity, tau, min_keep, max_keep, force_q, force_k))
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+def _strips(q: Tensor, k: Tensor, block_size: int, probe_tokens: int) -> Iterator[slice]:
+    """Query blocks whose sampled scores fit into a chunk."""
+    nQ, nK = -(-q.shape[2] // block_size), -(-k.shape[2] // block_size)
+    step = max(1, CHUNK_ELEMENTS // max(1, q.shape[1] * nK * probe_tokens**2))
+    for start in range(0, nQ, step):
+        yield slice(start, start + step)
 
 
 def attention_forward(
@@ -79,15 +128,15 @@ def attention_forward(
     qb, kb, vb = plan.cut(q, plan.nQ), plan.cut(k, plan.nK), plan.cut(v, plan.nK)
     out = flash_layout(plan.B, plan.H, plan.S, plan.D, q)
     lse = q.new_empty(plan.B, plan.H, plan.S, dtype=plan.compute)
-    for rows in plan.chunks():
-        s, hidden, where = plan.scores(qb, kb, rows, scale)
+    for heads, rows in plan.chunks():
+        s, hidden, where = plan.scores(qb, kb, (heads, rows), scale)
         row_lse = s.logsumexp(-1, keepdim=True)
         p = (s - row_lse.masked_fill(row_lse == -math.inf, 0)).exp().masked_fill(hidden, 0)
         o = p @ _gather_values(vb, where, hidden)
         span = slice(rows.start * block_size, min(rows.stop * block_size, plan.S))
         size = span.stop - span.start
-        out[:, :, span] = o.flatten(2, 3)[:, :, :size].to(q.dtype)
-        lse[:, :, span] = row_lse.flatten(2)[:, :, :size]
+        out[:, heads, span] = o.flatten(2, 3)[:, :, :size].to(q.dtype)
+        lse[:, heads, span] = row_lse.flatten(2)[:, :, :size]
     return out, lse
 
 
@@ -114,17 +163,18 @@ def attention_backward(
     gb, db = plan.cut(grad_out, plan.nQ), plan.cut(delta, plan.nQ)
     lb = plan.cut(lse[..., None].masked_fill(lse[..., None] == -math.inf, 0), plan.nQ)
     dq, dk, dv = torch.zeros_like(qb), torch.zeros_like(kb), torch.zeros_like(vb)
-    for rows in plan.chunks():
-        s, hidden, where = plan.scores(qb, kb, rows, scale)
-        p = (s - lb[:, :, rows]).exp().masked_fill(hidden, 0)
+    for chunk in plan.chunks():
+        at = (slice(None), *chunk)
+        s, hidden, where = plan.scores(qb, kb, chunk, scale)
+        p = (s - lb[at]).exp().masked_fill(hidden, 0)
         values = _gather_values(vb, where, hidden)
-        dp = gb[:, :, rows] @ values.transpose(-1, -2)
-        ds = (p * (dp - db[:, :, rows])).masked_fill(hidden, 0) * scale
+        dp = gb[at] @ values.transpose(-1, -2)
+        ds = (p * (dp - db[at])).masked_fill(hidden, 0) * scale
         keys = kb[where].flatten(3, 4).masked_fill(hidden.transpose(-1, -2), 0)
-        dq[:, :, rows] = ds @ keys
+        dq[at] = ds @ keys
         shape = (-1, block_size)
-        dk.index_put_(where, (ds.transpose(-1, -2) @ qb[:, :, rows]).unflatten(3, shape), accumulate=True)
-        dv.index_put_(where, (p.transpose(-1, -2) @ gb[:, :, rows]).unflatten(3, shape), accumulate=True)
+        dk.index_put_(where, (ds.transpose(-1, -2) @ qb[at]).unflatten(3, shape), accumulate=True)
+        dv.index_put_(where, (p.transpose(-1, -2) @ gb[at]).unflatten(3, shape), accumulate=True)
     return tuple(_uncut(g, x) for g, x in ((dq, q), (dk, k), (dv, v)))  # type: ignore[return-value]
 
 

@@ -14,6 +14,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor | None, key_mask: Tensor | None, b
     """Raise ValueError unless q [B, H, S, D], k and v [B, Hkv, T, D] and key_mask [B|1, T] or [B|1, H|1, T] fit."""
     tensors = {"q": q, "k": k} | ({} if v is None else {"v": v})
     for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} is a {type(x).__name__}; expected a tensor [batch, heads, tokens, head_dim].")
+        if x.layout != torch.strided or x.is_nested:
+            raise ValueError(f"{name} has the layout {'nested' if x.is_nested else x.layout}; give a dense tensor.")
         if x.dim() != 4:
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)}; expected 4 dimensions [batch, heads, tokens, head_dim]."
@@ -42,6 +46,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor | None, key_mask: Tensor | None, b
 
 
 def _key_mask(key_mask: Tensor, B: int, H: int, T: int, device: torch.device) -> None:
+    if not isinstance(key_mask, Tensor):
+        raise ValueError(f"key_mask is a {type(key_mask).__name__}; expected a tensor [{B}, {T}], bool or float.")
     shape = tuple(key_mask.shape)
     heads = shape[1:-1]
     if len(shape) not in (2, 3) or shape[-1] != T or shape[0] not in (1, B) or (heads and heads[0] not in (1, H)):
@@ -71,3 +77,37 @@ def lists(q: Tensor, k: Tensor, kv_num_blocks: Tensor, kv_indices: Tensor, block
             f"kv_num_blocks {tuple(kv_num_blocks.shape)} and kv_indices {tuple(kv_indices.shape)} "
             "differ in their first three sizes."
         )
+
+
+def bad_count(value: int, where: tuple[int, int, int], capacity: int) -> ValueError:
+    """The error for a count of blocks that the lists can't hold; ``where``: batch, head, query block."""
+    return ValueError(
+        f"kv_num_blocks holds {value} at {_place(where)}; valid are 0 to {capacity}, the last size of kv_indices."
+    )
+
+
+def bad_index(value: int, where: tuple[int, int, int], num_keys: int, block_size: int) -> ValueError:
+    """The error for a listed block that doesn't exist."""
+    blocks = -(-num_keys // block_size)
+    return ValueError(
+        f"kv_indices holds {value} at {_place(where)}; valid are 0 to {blocks - 1}, "
+        f"because {num_keys} key tokens make {blocks} blocks of {block_size}."
+    )
+
+
+def _place(where: tuple[int, int, int]) -> str:
+    return "batch {}, head {}, query block {}".format(*where)
+
+
+def entries(kv_num_blocks: Tensor, kv_indices: Tensor, num_keys: int, block_size: int) -> None:
+    """Raise ValueError where a count or a listed block is out of range. Reads the lists: waits for a device."""
+    capacity = kv_indices.shape[-1]
+    wrong = (kv_num_blocks < 0) | (kv_num_blocks > capacity)
+    if wrong.any():
+        b, h, row = wrong.nonzero()[0].tolist()
+        raise bad_count(int(kv_num_blocks[b, h, row]), (b, h, row), capacity)
+    used = torch.arange(capacity, device=kv_indices.device) < kv_num_blocks[..., None]
+    wrong = used & ((kv_indices < 0) | (kv_indices >= -(-num_keys // block_size)))
+    if wrong.any():
+        b, h, row, entry = wrong.nonzero()[0].tolist()
+        raise bad_index(int(kv_indices[b, h, row, entry]), (b, h, row), num_keys, block_size)

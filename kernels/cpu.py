@@ -13,7 +13,7 @@ from ctypes import c_float, c_int32, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from . import cpu_build
+from . import checks, cpu_build
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _OK, _NO_MEMORY, _BAD_COUNT, _BAD_INDEX = range(4)
@@ -175,15 +175,9 @@ def _call(name: str, problem: _Problem, arguments: tuple[_Tensor | int | None, .
         return
     if status == _NO_MEMORY:
         raise MemoryError("blade's CPU attention could not allocate its scratch memory")
-    where = f"batch {bad.batch}, head {bad.head}, query block {bad.row}"
+    where = (bad.batch, bad.head, bad.row)
     if status == _BAD_COUNT:
-        raise ValueError(
-            f"kv_num_blocks holds {bad.value} at {where}; valid are 0 to {problem.lists.capacity}, "
-            "the last size of kv_indices."
-        )
+        raise checks.bad_count(bad.value, where, problem.lists.capacity)
     if status == _BAD_INDEX:
-        raise ValueError(
-            f"kv_indices holds {bad.value} at {where}; valid are 0 to {problem.lists.key_blocks - 1}, "
-            f"because {problem.keys} key tokens make {problem.lists.key_blocks} blocks of {problem.block}."
-        )
+        raise checks.bad_index(bad.value, where, problem.keys, problem.block)
     raise ValueError(f"block_size is {problem.block}; valid are 16, 32, 64 and 128.")

@@ -29,6 +29,8 @@ from pathlib import Path
 
 import torch
 
+from . import compat
+
 logger = logging.getLogger("blade_compile")
 
 SOURCE_DIR = Path(__file__).parent
@@ -237,12 +239,10 @@ def _default_dirs() -> list[Path]:
 @contextlib.contextmanager
 def _file_lock(path: Path) -> Iterator[None]:
     """One build at a time on this machine. Without a working lock several processes build: slower, still right."""
-    try:
-        from filelock import FileLock  # a dependency of torch
-    except ImportError:
+    if compat.FileLock is None:
         yield
         return
-    lock = FileLock(str(path), timeout=BUILD_SECONDS)
+    lock = compat.FileLock(str(path), timeout=BUILD_SECONDS)
     try:
         lock.acquire()
     except (OSError, TimeoutError, NotImplementedError):
@@ -309,5 +309,4 @@ def _after_fork() -> None:
     _lock = threading.Lock()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+compat.after_fork(_after_fork)

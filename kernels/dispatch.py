@@ -12,11 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import aten, cost, cpu, cpu_build, cpu_probe, dense, density, lists, reference
+from . import accelerator, aten, checks, cost, cpu, cpu_build, cpu_probe, dense, density, lists, reference
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_decided = threading.local()
+# Lists on an accelerator that keep everything and were predicted to run as SDPA: (device, address of kv_num_blocks).
+_dense_lists: set[tuple[torch.device, int]] = set()
+_dense_lists_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Selection:
 def family(device: torch.device, dtype: torch.dtype) -> str:
     """The cost table's entry for what runs a call here."""
     if device.type != "cpu":
-        return "accelerator-aten"
+        return accelerator.family(device, dtype)
     isa = cpu_build.loaded_isa() if dtype in KERNEL_DTYPES else None
     if isa is None:
         return "cpu-aten"
@@ -61,7 +63,7 @@ def decide(q: Tensor, k: Tensor, block_size: int, probe_tokens: int, kept: float
 
 
 def _expected_density(
-    q: Tensor, k: Tensor, sel: Selection, forced_q: Tensor | None, forced_k: Tensor | None, site: str
+    q: Tensor, k: Tensor, sel: Selection, protect_q: list[int], protect_k: list[int], site: str
 ) -> float:
     nK = -(-k.shape[2] // sel.block_size)
     if sel.sparsity is not None:
@@ -70,9 +72,15 @@ def _expected_density(
         share = reference.keep_count(sel.min_keep, nK) / nK  # optimistic: the CPU decides again once it has counted
     else:
         return density.expected(site, q.device)
-    rows = 0.0 if forced_q is None else forced_q.double().mean().item()
-    columns = 0.0 if forced_k is None else forced_k.double().mean().item()
+    rows = _forced_share(protect_q, q.shape[2], sel.block_size)
+    columns = _forced_share(protect_k, k.shape[2], sel.block_size)
     return rows + (1 - rows) * min(1.0, share + columns)
+
+
+def _forced_share(ranges: list[int], num_tokens: int, block_size: int) -> float:
+    """Counted on the host: reading a device's memory would stall it."""
+    forced = lists.forced_blocks(ranges, num_tokens, block_size, torch.device("cpu"))
+    return 0.0 if forced is None else forced.double().mean().item()
 
 
 def predict(
@@ -91,19 +99,23 @@ def predict(
     """Block lists and what made them; under ``auto`` full lists where dense is predicted to be as fast."""
     (B, H, S, _), T = q.shape, k.shape[2]
     nQ, nK = -(-S // sel.block_size), -(-T // sel.block_size)
+    if not q.numel() or not T:
+        return *lists.full_lists(B, H, nQ, nK, q.device), "full"
     # Lists are small: forced blocks are found on the host and sent along.
     forced_q = lists.forced_blocks(protect_q, S, sel.block_size, q.device)
     forced_k = lists.forced_blocks(protect_k, T, sel.block_size, q.device)
     keep_all = sel.sparsity == 0 or (sel.sparsity is None and sel.tau >= 1 and sel.max_keep >= 1)
     if auto:
-        kept = 1.0 if keep_all else _expected_density(q, k, sel, forced_q, forced_k, site)
+        kept = 1.0 if keep_all else _expected_density(q, k, sel, protect_q, protect_k, site)
         choice = "sdpa" if min_tokens > T else decide(q, k, sel.block_size, sel.probe_tokens, kept)
-        _decided.choice = choice
         keep_all = keep_all or choice != "sparse"
     if keep_all:
-        return *lists.full_lists(B, H, nQ, nK, q.device), "full"
+        num, idx = lists.full_lists(B, H, nQ, nK, q.device)
+        _remember(num, dense=auto and choice == "sdpa")
+        return num, idx, "full"
     bias = key_bias(key_mask, q.dtype)
     num, idx, path = _select(q, k, bias, scale, sel, forced_q, forced_k)
+    _remember(num, dense=False)
     if auto and sel.sparsity is None:
         if q.device.type == "cpu":
             counted = num.double().mean().item() / nK
@@ -130,16 +142,10 @@ def _select(
         pos_k = positions_cached(T, sel.block_size, sel.probe_tokens, H, sel.seed, "k")
         num, idx = cpu_probe.predict(q, k, bias, scale, sel.block_size, pos_q, pos_k, *chosen)
         return num, idx, f"cpu-{cpu_build.loaded_isa()}"
-    parts = []
-    for b in range(q.shape[0]):  # one sample at a time bounds the probe's memory and keeps its mask its own
-        sample, keys, mask = q[b : b + 1], k[b : b + 1], _row(bias, b)
-        block_map = reference.probe_map(sample, keys, mask, scale, sel.block_size, sel.probe_tokens, sel.seed)
-        parts.append(reference.select_blocks(block_map, *chosen))
-    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), "aten"
-
-
-def _row(bias: Tensor | None, b: int) -> Tensor | None:
-    return bias if bias is None or bias.shape[0] == 1 else bias[b : b + 1]
+    probe = (sel.block_size, sel.probe_tokens, sel.seed)
+    if q.device.type != "cpu":
+        return accelerator.select(q, k, bias, scale, *probe, *chosen)
+    return *aten.select(q, k, bias, scale, *probe, *chosen), "aten"
 
 
 _positions: dict[tuple[int, int, int, int, int, str], Tensor] = {}
@@ -180,6 +186,9 @@ def attend(
     bias = key_bias(key_mask, q.dtype)
     if _kernel_runs(q):
         return *cpu.attention_forward(q, k, v, num, idx, bias, scale, block_size), f"cpu-{cpu_build.loaded_isa()}"
+    if q.device.type != "cpu":
+        return accelerator.attention_forward(q, k, v, num, idx, bias, scale, block_size)
+    checks.entries(num, idx, k.shape[2], block_size)
     return *aten.attention_forward(q, k, v, num, idx, bias, scale, block_size), "aten"
 
 
@@ -199,15 +208,31 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v in the flash layout."""
     run = cpu.attention_backward if _kernel_runs(q) else aten.attention_backward
+    if q.device.type != "cpu":
+        run = accelerator.attention_backward
     return run(grad_out, grad_lse, q, k, v, out, lse, num, idx, key_bias(key_mask, q.dtype), scale, block_size)
+
+
+def _remember(num: Tensor, *, dense: bool) -> None:
+    """Note whether fresh lists on an accelerator are to run as SDPA. Lists that outlive their prediction (a pinned
+    mask) keep their address; a copy of them has another one and runs as what it says, which is always right.
+    """
+    if num.device.type == "cpu" or not (dense or _dense_lists):
+        return
+    key = (num.device, num.data_ptr())
+    with _dense_lists_lock:
+        if dense:
+            _dense_lists.add(key)
+        else:
+            _dense_lists.discard(key)
 
 
 def _runs_dense(q: Tensor, k: Tensor, num: Tensor, block_size: int) -> bool:
     """Whether lists that keep everything should run as SDPA. Counting them would stall an accelerator: there the
-    prediction just made on this thread decides.
+    prediction that made these lists has decided.
     """
     if q.device.type != "cpu":
-        return getattr(_decided, "choice", "sparse") == "sdpa"
+        return (num.device, num.data_ptr()) in _dense_lists
     nK = -(-k.shape[2] // block_size)
-    full = int(num.min()) == nK if num.numel() else False
+    full = bool(q.numel() and num.numel() and nK) and int(num.min()) == nK
     return full and decide(q, k, block_size, 16, 1.0) != "full"

@@ -31,8 +31,10 @@ class Event:
 
     @property
     def density(self) -> float:
-        """Kept share of the blocks, counted from the lists."""
+        """Kept share of the blocks, counted from the lists; 1 where there are none, since nothing was dropped."""
         num_key_blocks = -(-self.inputs[1].shape[2] // self.block_size)
+        if not num_key_blocks or not self.kv_num_blocks.numel():
+            return 1.0
         return self.kv_num_blocks.double().mean().item() / num_key_blocks
 
 

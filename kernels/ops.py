@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 from torch.library import Library
 
-from . import checks, dispatch, observe
+from . import checks, compat, dispatch, observe
 
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 _SELECTION = (
@@ -190,20 +192,22 @@ torch.library.register_fake(
 # --- autograd --------------------------------------------------------------------------------------------------------
 
 
-class _BlockSparseAttention(torch.autograd.Function):
-    """Differentiable in q, k, v, through the output and through the LSE."""
+# Single-level functions: inside an operator functorch has already peeled one transform off, and the ordinary
+# `autograd.Function` would start over at the top. So torch.func.grad works.
+class _BlockSparseAttention(_SingleLevelFunction):
+    """Differentiable once in q, k, v, through the output and through the LSE; forward-mode derivatives raise."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        num, idx, key_mask, scale, block_size, when, site = rest
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
-            out, lse = torch.ops.blade.block_sparse_attention.default(
-                q, k, v, num, idx, key_mask, scale, block_size, when, site
-            )
-        ctx.save_for_backward(q, k, v, out, lse, num, idx, key_mask)
+            return torch.ops.blade.block_sparse_attention.default(*args)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        q, k, v, num, idx, key_mask, scale, block_size, _, site = inputs
+        ctx.save_for_backward(q, k, v, *output, num, idx, key_mask)
         ctx.scalars = (scale, block_size, site)
         ctx.set_materialize_grads(False)
-        return out, lse
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -216,6 +220,39 @@ class _BlockSparseAttention(torch.autograd.Function):
             grad_out, grad_lse, q, k, v, out, lse, num, idx, key_mask, *ctx.scalars
         )
         return *grads, *(None,) * 7
+
+
+class _Backward(_SingleLevelFunction):
+    """The gradients, which have no gradients of their own: as for PyTorch's attention, asking for them raises."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.blade.block_sparse_attention_backward.default(*args)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Nothing to keep."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError("block-sparse attention is differentiable once: it has no second derivatives.")
+
+
+def _differentiates(*tensors: Tensor | None) -> bool:
+    """Whether a derivative of any kind passes through the tensors here."""
+    given = [t for t in tensors if t is not None]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+        return True
+    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in given)
+
+
+def _block_sparse_attention_backward_autograd(grad_out: Tensor, grad_lse: Tensor | None, *rest: Any) -> Any:
+    if _differentiates(grad_out, grad_lse, *rest[:3]):
+        with compat.single_level_functions():
+            return _Backward.apply(grad_out, grad_lse, *rest)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.blade.block_sparse_attention_backward.default(grad_out, grad_lse, *rest)
 
 
 def _block_sparse_attention_autograd(
@@ -231,13 +268,15 @@ def _block_sparse_attention_autograd(
     site: str = "",
 ) -> tuple[Tensor, Tensor]:
     args = (q, k, v, kv_num_blocks, kv_indices, key_mask, scale, block_size, when, site)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _BlockSparseAttention.apply(*args)  # type: ignore[no-any-return]
+    if _differentiates(q, k, v):
+        with compat.single_level_functions():
+            return _BlockSparseAttention.apply(*args)  # type: ignore[no-any-return]
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.blade.block_sparse_attention.default(*args)  # type: ignore[no-any-return]
 
 
 library.impl("block_sparse_attention", _block_sparse_attention_autograd, "Autograd")
+library.impl("block_sparse_attention_backward", _block_sparse_attention_backward_autograd, "Autograd")
 
 
 # --- the composite ---------------------------------------------------------------------------------------------------

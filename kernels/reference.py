@@ -67,17 +67,25 @@ def additive_mask(key_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def probe_map(
-    q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float, block_size: int, probe_tokens: int, seed: int
+    q: Tensor,
+    k: Tensor,
+    key_mask: Tensor | None,
+    scale: float,
+    block_size: int,
+    probe_tokens: int,
+    seed: int,
+    rows: slice = slice(None),
 ) -> Tensor:
     """Predicted importance of each block, [B, H, nQ, nK], values in [0, 1] (BLADE section 3.2, algorithms 1.2).
 
     Softmax over the sampled keys with its true denominator, then the maximum over each cell of sampled queries and
     keys. NaN wins. fp32 scores (fp64 for fp64 inputs). A block of which no sampled key may be attended to while
     another of its keys may gets NaN, which the selection keeps: the edge of a padding is never lost by bad luck.
+    ``rows``: only these query blocks of the map; they don't depend on the others.
     """
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     (B, H, S, _), T = q.shape, k.shape[2]
-    pos_q = probe_positions(S, block_size, probe_tokens, H, seed, "q", q.device)
+    pos_q = probe_positions(S, block_size, probe_tokens, H, seed, "q", q.device)[:, rows]
     pos_k = probe_positions(T, block_size, probe_tokens, H, seed, "k", q.device)
     k = k.repeat_interleave(H // k.shape[1], 1)
     heads = torch.arange(H, device=q.device)[:, None]

@@ -31,6 +31,7 @@ class Settings:
     min_tokens: int = 2048
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    inline_kernels: bool = False
 
     def op_kwargs(self, site: AttentionSite) -> dict[str, Any]:
         """Arguments of ``blade::sparse_sdpa`` beside the tensors and the scale."""

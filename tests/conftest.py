@@ -20,6 +20,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+# Without a GPU, Triton kernels run on CPU tensors in its interpreter. Set before triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 _SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile(
     "default", derandomize=True, deadline=None, max_examples=30, database=None, suppress_health_check=_SLOW_IS_FINE

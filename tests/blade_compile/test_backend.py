@@ -142,6 +142,26 @@ def test_regional_compilation_gives_the_masks_of_the_whole_model() -> None:
         assert torch.equal(a.kv_num_blocks, b.kv_num_blocks) and same > 0.98  # near-ties may swap
 
 
+@pytest.mark.parametrize("slot", ["pre_grad_custom_pass", "joint_custom_pre_pass", "post_grad_custom_post_pass"])
+def test_passes_set_globally_still_run(slot: str) -> None:
+    seen = []
+    model, args = TinyDiT(layers=1), inputs()
+    with torch._inductor.config.patch({slot: seen.append}), torch.no_grad(), observe.record() as events:
+        torch.compile(model, backend="blade", options=HALF)(*args)
+    assert seen
+    assert events
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_empty_inputs_compile_as_with_inductor(dynamic: bool | None) -> None:
+    attention = torch.compile(
+        torch.nn.functional.scaled_dot_product_attention, backend="blade", options=HALF, dynamic=dynamic
+    )
+    for shape in ((2, 2, 64, 16), (0, 2, 64, 16), (2, 2, 0, 16)):
+        x = torch.randn(shape)
+        assert attention(x, x, x).shape == shape
+
+
 def test_disabled_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BLADE_DISABLE", "1")
     model, args = TinyDiT(layers=1), inputs()

@@ -116,3 +116,29 @@ def test_selection_equals_the_reference_on_its_own_map() -> None:
     got = blade_compile.mask_predict(q, k, config={"sparsity": 0.7, "block_size": 32, "probe_tokens": 32, "seed": 5})
     same = (lists.kept_blocks(*want, 10) == lists.kept_blocks(*got, 10)).double().mean()
     assert torch.equal(want[0], got[0]) and same > 0.999  # near-ties of differently rounded scores may swap
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": 1}, "q is a int"),
+        ({"key_mask": [True]}, "key_mask is a list"),
+        ({"scale": "a"}, "scale is 'a'"),
+        ({"key_mask": torch.zeros(2, 256, requires_grad=True)}, "detach"),
+    ],
+    ids=str,
+)
+def test_arguments_of_another_type_are_named(change: dict[str, object], message: str) -> None:
+    q, k, v = qkv()
+    with pytest.raises(ValueError, match=message):
+        blade_compile.sparse_attention(**{"q": q, "k": k, "v": v, **change})  # type: ignore[arg-type]
+
+
+def test_mixed_dtypes_meet_under_autocast() -> None:
+    q, k, v = qkv()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = blade_compile.sparse_attention(q.bfloat16(), k, v, config=ALWAYS)
+        num, idx = blade_compile.mask_predict(q.bfloat16(), k, config=ALWAYS)
+        same = blade_compile.block_sparse_attention(q, k.bfloat16(), v, num, idx, block_size=32)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, same)

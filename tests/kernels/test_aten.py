@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from blade_compile.kernels import aten, dispatch, lists
 from tests.kernels.attention_cases import ODD_CASES, Case, exact, padding_mask, plain_sdpa
@@ -55,15 +59,51 @@ def test_gradients_equal_autograd_through_the_reference(case: Case, mask: str) -
         torch.testing.assert_close(g, w, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"d{n}: {m}")
 
 
-def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("chunk", [1, 40_000])
+def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     case = Case(S=300, T=300, block=32)
     q, k, v = case.qkv()
     num, idx = case.random_lists()
-    whole = aten.attention_forward(q, k, v, num, idx, None, 0.1, 32)
-    monkeypatch.setattr(aten, "CHUNK_ELEMENTS", 1)
-    parts = aten.attention_forward(q, k, v, num, idx, None, 0.1, 32)
-    for a, b in zip(whole, parts, strict=True):
-        torch.testing.assert_close(a, b)
+    select = (q, k, None, 0.1, 32, 8, 0, 0.5, 0.95, 0.05, 1.0, None, None)
+
+    def run() -> tuple[torch.Tensor, ...]:
+        out, lse = aten.attention_forward(q, k, v, num, idx, None, 0.1, 32)
+        grads = aten.attention_backward(out, lse.nan_to_num(neginf=0), q, k, v, out, lse, num, idx, None, 0.1, 32)
+        return out, lse, *grads, *aten.select(*select)
+
+    whole = run()
+    monkeypatch.setattr(aten, "CHUNK_ELEMENTS", chunk)
+    for a, b in zip(whole, run(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+class _Largest(TorchDispatchMode):
+    """The most elements that any operator's result holds."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.untyped_storage().nbytes() >= t.numel():
+                self.elements = max(self.elements, t.numel())
+        return out
+
+
+def test_temporaries_stay_within_the_stated_bound() -> None:
+    case = Case(B=1, H=8, Hkv=8, S=4096, T=4096, D=32, block=64)
+    q, k, v = case.qkv()
+    num, idx = case.full_lists()
+    with _Largest() as forward:
+        out, lse = aten.attention_forward(q, k, v, num, idx, None, 0.1, 64)
+    with _Largest() as backward:
+        aten.attention_backward(out, None, q, k, v, out, lse, num, idx, None, 0.1, 64)
+    with _Largest() as probe:
+        aten.select(q, k, None, 0.1, 64, 16, 0, 0.5, 0.95, 0.05, 1.0, None, None)
+    inputs = q.numel()
+    bound = max(aten.CHUNK_ELEMENTS, 4096 * 64, inputs)
+    assert max(forward.elements, backward.elements) <= bound < 4096 * 4096
+    assert probe.elements <= max(bound, 8 * 16 * 64 * 16) < 8 * 1024 * 1024
 
 
 def test_bad_values_stay_where_they_are() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -264,12 +265,75 @@ def test_without_a_compiler_the_aten_path_gives_the_same(monkeypatch: pytest.Mon
     torch.testing.assert_close(blade.sparse_sdpa(q, k, v, sparsity=0.5, block_size=64), kernel, rtol=1e-4, atol=1e-4)
 
 
-def test_index_outside_the_blocks_is_an_error() -> None:
-    q, k, v = Case(S=128, T=128).qkv()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)  # the C++ kernel and the ATen path
+@pytest.mark.parametrize(
+    ("what", "value", "valid"),
+    [
+        ("kv_indices", 7, "0 to 1"),
+        ("kv_indices", -1, "0 to 1"),
+        ("kv_num_blocks", 3, "0 to 2"),
+        ("kv_num_blocks", -2, "0 to 2"),
+    ],
+)
+def test_a_broken_list_is_an_error(dtype: torch.dtype, what: str, value: int, valid: str) -> None:
+    q, k, v = Case(S=128, T=128).qkv(dtype)
     num, idx = Case(S=128, T=128).full_lists()
-    idx[0, 0, 0, 0] = 7
-    with pytest.raises(ValueError, match="7"):
+    if what == "kv_indices":
+        idx[0, 1, 1, 0] = value
+    else:
+        num[0, 1, 1] = value
+    with pytest.raises(ValueError, match=rf"{what} holds {value} at batch 0, head 1, query block 1; valid are {valid}"):
         blade.block_sparse_attention(q, k, v, num, idx, None, None, 64)
+
+
+@pytest.mark.parametrize("when", ["auto", "always"])
+@pytest.mark.parametrize(("B", "S", "T"), [(0, 64, 64), (1, 0, 64), (1, 64, 0), (1, 0, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_empty_tensors(when: str, B: int, S: int, T: int, dtype: torch.dtype) -> None:
+    q = torch.randn(B, 2, S, 16, dtype=dtype, requires_grad=True)
+    k, v = (torch.randn(B, 2, T, 16, dtype=dtype, requires_grad=True) for _ in range(2))
+    with observe.record() as events:
+        out = blade.sparse_sdpa(q, k, v, sparsity=0.5, block_size=16, when=when, min_tokens=0)
+    assert out.shape == q.shape and not out.any()
+    assert [event.density for event in events] == [1.0, 1.0]
+    for grad, x in zip(torch.autograd.grad(out.sum(), (q, k, v)), (q, k, v), strict=True):
+        assert grad.shape == x.shape and not grad.any()
+
+
+def _attend() -> tuple[Any, torch.Tensor]:
+    q, k, v = Case(S=64, T=64).qkv()
+    num, idx = blade.mask_predict(q, k, sparsity=0.5, block_size=16)
+    return lambda z: blade.block_sparse_attention(z, k, v, num, idx, block_size=16)[0], q
+
+
+def test_functional_gradients_equal_ordinary_ones() -> None:
+    attend, q = _attend()
+    z = q.clone().requires_grad_()
+    (want,) = torch.autograd.grad(attend(z).square().sum(), z)
+    torch.testing.assert_close(torch.func.grad(lambda z: attend(z).square().sum())(q), want)
+
+
+def test_derivatives_that_do_not_exist_raise_instead_of_being_zero() -> None:
+    attend, q = _attend()
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(attend, (q,), (torch.ones_like(q),))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        attend(torch.autograd.forward_ad.make_dual(q, torch.ones_like(q)))
+    z = q.clone().requires_grad_()
+    (grad,) = torch.autograd.grad((attend(z) + z**3).square().sum(), z, create_graph=True)
+    with pytest.raises(NotImplementedError, match="differentiable once"):
+        grad.sum().backward()
+
+
+def test_a_dense_choice_belongs_to_its_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an accelerator: what another site was predicted to do must not reach this one's lists."""
+    q, k, _ = Case(S=64, T=64).qkv()
+    away = q.to("meta")
+    dense, sparse = (torch.ones(1, 1, 4, dtype=torch.int32) for _ in range(2))
+    monkeypatch.setattr(dispatch, "_dense_lists", {(dense.device, dense.data_ptr())})
+    assert dispatch._runs_dense(away, k, dense, 16)
+    assert not dispatch._runs_dense(away, k, sparse, 16)
+    assert not dispatch._runs_dense(away, k, dense.clone(), 16)
 
 
 @pytest.mark.parametrize(
@@ -280,6 +344,7 @@ def test_index_outside_the_blocks_is_an_error() -> None:
         (lambda q, k, v: (q.long(), k.long(), v.long()), "Cast"),
         (lambda q, k, v: (q, k[:, :3], v[:, :3]), "multiple"),
         (lambda q, k, v: (q, k, v[:, :, :5]), "equal"),
+        (lambda q, k, v: (q.to_sparse(), k, v), "dense tensor"),
     ],
 )
 def test_bad_tensors_are_named(change, message: str) -> None:
