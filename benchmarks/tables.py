@@ -20,8 +20,13 @@ Row = dict[str, Any]
 
 
 def fingerprint(sources: Sequence[str]) -> str:
-    """Hash the files that match the patterns (relative to the repo root), names and content, as 16 hex digits."""
-    paths = sorted({path for pattern in sources for path in ROOT.glob(pattern) if path.is_file()})
+    """Hash the files that match the patterns (relative to the repo root), names and content, as 16 hex digits.
+
+    A pattern after ``!`` takes files out again.
+    """
+    found = {path for pattern in sources if pattern[0] != "!" for path in ROOT.glob(pattern) if path.is_file()}
+    left_out = {path for pattern in sources if pattern[0] == "!" for path in ROOT.glob(pattern[1:])}
+    paths = sorted(found - left_out)
     digest = hashlib.sha256()
     for path in paths:
         content = path.read_bytes()
@@ -41,7 +46,7 @@ class Table:
     Args:
         name: file name without suffix.
         command: what makes the table, named to whoever finds it stale.
-        sources: glob patterns, relative to the repo root, of the files that the rows depend on.
+        sources: glob patterns, relative to the repo root, of the files that the rows depend on; after ``!``, not on.
         packages: distributions whose versions the rows depend on.
         key: the column that names a row; results are kept and replaced by it.
         about: anything else that a reader needs, stored as it is.

@@ -41,7 +41,7 @@ def judge(entry: Entry) -> Row:
             problems.append(f"fullgraph with plain Inductor: {row['fullgraph']}, recorded {entry.fullgraph}")
         _sites(entry, model, calls, row, problems)
         _forward(entry, model, row, problems)
-        if entry.backward:
+        if entry.backward and "inductor fails" not in row:
             _backward(entry, model, row, problems)
     except Exception as error:  # noqa: BLE001 (a row for every case: the table shows what failed)
         problems.append(f"{type(error).__name__}: {str(error).strip()[:300]}")
@@ -101,7 +101,11 @@ def _sites(entry: Entry, model: nn.Module, calls: list[Call], row: Row, problems
 
 def _forward(entry: Entry, model: nn.Module, row: Row, problems: list[str]) -> None:
     exact, row["reference"] = _exact(entry)
-    dense, _ = _compiled(entry, model, "inductor", None, row["fullgraph"])
+    try:
+        dense, _ = _compiled(entry, model, "inductor", None, row["fullgraph"])
+    except Exception as error:  # noqa: BLE001 (Inductor's own limits, found by running it)
+        _same_failure(entry, model, error, row, problems)
+        return
     row["error"] = {"dense": _error(dense, exact)}
     for name, options in (("sparsity=0", {"sparsity": 0.0}), ("tau=1", {"tau": 1.0})):
         out, events = _compiled(entry, model, "blade", options, row["fullgraph"])
@@ -114,6 +118,24 @@ def _forward(entry: Entry, model: nn.Module, row: Row, problems: list[str]) -> N
     row["change"] = _error(out, dense)
     if row["density"] < 1 and not row["change"] > 10 * max(row["error"]["dense"], torch.finfo(torch.float32).eps):
         problems.append(f"sparsity=0.5 changes the output by {row['change']:.1e} only")
+
+
+def _same_failure(entry: Entry, model: nn.Module, error: Exception, row: Row, problems: list[str]) -> None:
+    """Plain Inductor can't compile this on the CPU. Nothing may be claimed then, and blade must say the same."""
+    reason = _headline(error)
+    row["inductor fails"] = reason
+    if row["rewritten"]:
+        problems.append(f"sites are rewritten, but plain Inductor fails and nothing can be compared: {reason}")
+    try:
+        _compiled(entry, model, "blade", {"sparsity": 0.5}, row["fullgraph"])
+        problems.append(f"plain Inductor fails and blade does not: {reason}")
+    except Exception as ours:  # noqa: BLE001
+        if _headline(ours) != reason:
+            problems.append(f"plain Inductor fails with {reason}, blade with {_headline(ours)}")
+
+
+def _headline(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
 
 
 def _compiles_whole(entry: Entry, model: nn.Module) -> bool:

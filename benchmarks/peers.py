@@ -1,0 +1,69 @@
+"""Other attention libraries, if they are installed: one small adapter each, skipped with a line where it is not.
+
+An adapter maps q, k, v [B, H, S, D] to an output of the same shape. All of these need a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A library's entry point. ``layout``: "BHSD", or "BSHD" where it wants tokens before heads."""
+
+    name: str
+    module: str
+    function: str
+    layout: str
+    keywords: tuple[tuple[str, object], ...] = ()
+    exact: bool = True
+    "whether it computes attention as it is; the others quantise or choose blocks: their error is shown, not judged"
+
+    def find(self) -> Attention | str:
+        """The call, or why there is none."""
+        try:
+            found = getattr(importlib.import_module(self.module), self.function)
+        except ImportError:
+            return f"{self.module} is not installed"
+        except AttributeError:
+            return f"{self.module} has no {self.function}: another version than the adapter was written for"
+        except Exception as error:  # noqa: BLE001 (a broken install must not end the report)
+            return f"{self.module} can't be imported: {type(error).__name__}: {error}"
+        keywords = dict(self.keywords)
+        if self.layout == "BHSD":
+            return lambda q, k, v: found(q, k, v, **keywords)  # type: ignore[no-any-return]
+        return lambda q, k, v: found(*(t.transpose(1, 2) for t in (q, k, v)), **keywords).transpose(1, 2)  # type: ignore[no-any-return]
+
+
+PEERS = (
+    Peer("flash-attn", "flash_attn", "flash_attn_func", "BSHD"),
+    Peer("FlashAttention-3", "flash_attn_interface", "flash_attn_func", "BSHD"),
+    Peer("xformers", "xformers.ops", "memory_efficient_attention", "BSHD"),
+    Peer("SageAttention", "sageattention", "sageattn", "BHSD", (("tensor_layout", "HND"),), exact=False),
+    Peer("SpargeAttn", "spas_sage_attn", "spas_sage2_attn_meansim_topk_cuda", "BHSD", (("topk", 0.2),), exact=False),
+)
+
+
+def absent(device: torch.device) -> dict[str, str]:
+    """Peers that can't take part, and why."""
+    if device.type != "cuda":
+        return {peer.name: "needs a GPU" for peer in PEERS}
+    return {peer.name: why for peer in PEERS if isinstance(why := peer.find(), str)}
+
+
+def calls(q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[Peer, Callable[[], Tensor]]]:
+    """(peer, call without arguments) of each peer that is there."""
+    if q.device.type != "cuda":
+        return
+    for peer in PEERS:
+        call = peer.find()
+        if not isinstance(call, str):
+            yield peer, lambda call=call: call(q, k, v)

@@ -1,0 +1,168 @@
+"""Suite ``ops``: one attention, dense, block-sparse and by others, on the same inputs and the same blocks.
+
+Every sparse arm is checked against fp64 attention over the blocks that it kept, so that only speed is compared here;
+what leaving blocks out costs is the suite ``fidelity``'s subject.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import peers
+from benchmarks.attention_gate import Problem, backward_gate, exact_rows, forward_gate, relative
+from benchmarks.registry import Arm, Case, Plan, WrongResultError, suite
+from blade_compile.kernels import ops as _ops  # noqa: F401 (registers the operators)
+
+FULL = {
+    "cpu": {"lengths": (2048, 4096, 8192, 16384), "heads": 2, "dtypes": (torch.float32, torch.bfloat16)},
+    "cuda": {"lengths": (4608, 17792, 32768, 75648), "heads": 12, "dtypes": (torch.bfloat16,)},
+}
+DIMS, SPARSITIES, BLOCKS = (64, 128), (0.5, 0.8, 0.9), (64, 128)
+QUICK: dict[str, Any] = {"lengths": (2048, 4096), "dims": (128,), "sparsities": (0.8,), "blocks": (128,)}
+
+
+@suite("ops")
+def cases(plan: Plan) -> Iterator[Case]:
+    """Prediction, selection and attention; forward at every size, backward at one sparsity."""
+    full = FULL[plan.device.type]
+    lengths, dims = (QUICK["lengths"], QUICK["dims"]) if plan.quick else (full["lengths"], DIMS)
+    dtypes = full["dtypes"][-1:] if plan.quick else full["dtypes"]
+    for dtype, D, S in itertools.product(dtypes, dims, lengths):
+        yield _forward(plan, dtype, full["heads"], S, D)
+    if not plan.quick:
+        for dtype, D in itertools.product(dtypes, dims):
+            yield _backward(plan, dtype, full["heads"], lengths[-2], D)
+
+
+def inputs(plan: Plan, dtype: torch.dtype, H: int, S: int, D: int, count: int = 3) -> list[Tensor]:
+    """Normal q, k, v (and more) [1, H, S, D]."""
+    generator = torch.Generator().manual_seed(plan.seed)
+    return [torch.randn(1, H, S, D, generator=generator).to(plan.device, dtype) for _ in range(count)]
+
+
+def _about(kind: str, dtype: torch.dtype, H: int, S: int, D: int) -> dict[str, Any]:
+    return {"kind": kind, "dtype": str(dtype).removeprefix("torch."), "H": H, "S": S, "D": D}
+
+
+def _name(kind: str, dtype: torch.dtype, S: int, D: int) -> str:
+    return f"{kind} {str(dtype).removeprefix('torch.')} D={D} S={S}"
+
+
+def _forward(plan: Plan, dtype: torch.dtype, H: int, S: int, D: int) -> Case:
+    sparsities, blocks = (QUICK["sparsities"], QUICK["blocks"]) if plan.quick else (SPARSITIES, BLOCKS)
+
+    def arms() -> list[Arm]:
+        q, k, v = inputs(plan, dtype, H, S, D)
+        full = _problem(q, k, v, 0.0, 128)
+        dense = lambda: F.scaled_dot_product_attention(q, k, v)  # noqa: E731
+        made = [
+            Arm("dense", dense, gate(forward_gate(full, strict=False)), about={"density": 1.0, "flops": full.flops})
+        ]
+        for block, sparsity in itertools.product(blocks, sparsities):
+            made += _sparse_arms(_problem(q, k, v, sparsity, block), sparsity)
+        for peer, call in peers.calls(q, k, v):
+            check = gate(forward_gate(full, strict=False)) if peer.exact else _distance(full)
+            made.append(Arm(peer.name, call, check, about={"density": 1.0, "flops": full.flops} if peer.exact else {}))
+        return made
+
+    absent = peers.absent(plan.device)
+    return Case(_name("forward", dtype, S, D), arms, _about("forward", dtype, H, S, D), absent)
+
+
+def _sparse_arms(p: Problem, sparsity: float) -> Iterator[Arm]:
+    """The operator with prediction, its two parts, and FlexAttention on the same blocks."""
+    density = p.kept_blocks / (p.q.shape[1] * p.num_blocks**2)
+    label = f"sparsity {sparsity}, block {p.block}"
+    about = {"sparsity": sparsity, "block": p.block, "density": round(density, 4), "flops": p.flops}
+    name = f"blade asa, {label}"
+    attend = torch.ops.blade.block_sparse_attention
+    predict = {"sparsity": sparsity, "block_size": p.block}
+    check = gate(forward_gate(p))
+    yield Arm(
+        name, lambda: torch.ops.blade.sparse_sdpa(p.q, p.k, p.v, **predict), check, about={**about, "policy": "asa"}
+    )
+    yield Arm(
+        f"{name}: prediction", lambda: torch.ops.blade.mask_predict(p.q, p.k, **predict), of=name,
+        about={"part": "prediction"},
+    )  # fmt: skip
+    yield Arm(
+        f"{name}: attention",
+        lambda: attend(p.q, p.k, p.v, p.num, p.idx, block_size=p.block)[0],
+        check,
+        of=name,
+        about={**about, "part": "attention"},
+    )
+    if p.q.device.type == "cpu" and p.block < 128:
+        return  # FlexAttention's CPU template takes other blocks too, but costs a compilation for each
+    yield Arm(f"FlexAttention, {label}", flex_call(p), gate(forward_gate(p, strict=False)), about=about)
+
+
+def _backward(plan: Plan, dtype: torch.dtype, H: int, S: int, D: int) -> Case:
+    def arms() -> list[Arm]:
+        q, k, v, grad = inputs(plan, dtype, H, S, D, 4)
+        p = _problem(q, k, v, 0.8, 128)
+        full = _problem(q, k, v, 0.0, 128)
+        density = p.kept_blocks / (H * p.num_blocks**2)
+        attend = torch.ops.blade.block_sparse_attention
+        sparse = lambda *t: attend(*t, p.num, p.idx, block_size=p.block)[0]  # noqa: E731
+        return [
+            Arm("dense", _gradients(F.scaled_dot_product_attention, q, k, v, grad), gate(backward_gate(full, grad)),
+                about={"density": 1.0, "flops": 3.5 * full.flops}),
+            Arm("blade, sparsity 0.8, block 128", _gradients(sparse, q, k, v, grad), gate(backward_gate(p, grad)),
+                about={"sparsity": 0.8, "block": 128, "density": round(density, 4), "flops": 3.5 * p.flops}),
+        ]  # fmt: skip
+
+    return Case(_name("forward and backward", dtype, S, D), arms, _about("forward and backward", dtype, H, S, D))
+
+
+def _gradients(attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> Callable[[], Any]:
+    """A call that runs forward and backward and returns (dq, dk, dv)."""
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    return lambda: torch.autograd.grad(attention(*leaves), leaves, grad)
+
+
+def _distance(full: Problem) -> Callable[[Tensor], float]:
+    """Distance from dense attention, whatever it is: for peers that approximate in their own way."""
+    head, row = full.sampled_rows()[1]
+    exact = exact_rows(full, head, row)[0]
+
+    def check(out: Tensor) -> float:
+        if not out.isfinite().all():
+            raise WrongResultError("the output is not finite")
+        return relative(out[0, head, full.tokens(row)], exact)
+
+    return check
+
+
+def _problem(q: Tensor, k: Tensor, v: Tensor, sparsity: float, block: int) -> Problem:
+    num, idx = torch.ops.blade.mask_predict(q, k, sparsity=sparsity, block_size=block)
+    return Problem(q, k, v, num, idx, block)
+
+
+def flex_call(p: Problem) -> Callable[[], Tensor]:
+    """Compiled FlexAttention over the same blocks: all of them as full blocks, so that no mask function runs."""
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    zeros = torch.zeros_like(p.num), torch.zeros_like(p.idx)  # of their own: one tensor given twice breaks its template
+    lengths = (p.q.shape[2], p.k.shape[2])
+    mask = BlockMask.from_kv_blocks(*zeros, p.num, p.idx, BLOCK_SIZE=p.block, seq_lengths=lengths)
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda: compiled(p.q, p.k, p.v, block_mask=mask)
+
+
+def gate(check: Callable[[Any], float]) -> Callable[[Any], float]:
+    """A check of `attention_gate` as the registry wants it."""
+
+    def run(result: Any) -> float:
+        try:
+            return check(result)
+        except AssertionError as error:
+            raise WrongResultError(str(error)) from error
+
+    return run
