@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from blade_compile.passes.fx_utils import Size, argument, aten, is_call, is_tensor, quotient, same, shape_of
+from blade_compile.passes.fx_utils import Size, argument, aten, is_call, is_tensor, quotient, same, shape_of, value_of
 
 Dim = tuple[int, ...]
 Layout = tuple[Dim, ...]
@@ -169,7 +169,7 @@ def _moved(rank: int, source: Any, target: Any) -> tuple[int, ...]:
 def forward(roles: Roles, node: fx.Node, layout: Layout) -> Layout | None:
     """The layout of a view, permutation or cast from that of its first argument; None for any other call."""
     if is_call(node, CASTS):
-        return layout
+        return layout if _floating(node.args[0]) and _floating(node) else None  # int and bool lose the values
     if is_call(node, VIEWS):
         return roles.regroup(layout, shape_of(node.args[0]), shape_of(node))
     order = permutation(node)
@@ -179,6 +179,10 @@ def forward(roles: Roles, node: fx.Node, layout: Layout) -> Layout | None:
     if is_call(node, aten.expand.default) and _same_shape(node.args[0], node):
         return layout
     return None
+
+
+def _floating(node: fx.Node) -> bool:
+    return bool(value_of(node).dtype.is_floating_point)
 
 
 def backward(roles: Roles, node: fx.Node, layout: Layout) -> Layout | None:

@@ -7,6 +7,7 @@ dense has a code of ``codes.py``. What depends on options is decided elsewhere. 
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import Counter
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from blade_compile.passes.match import SDPA, Match, Operand, candidate, match
 from blade_compile.passes.mutation import check_not_mutated, writers
 from blade_compile.passes.operands import Plan, plan
 from blade_compile.passes.shadow import Shadow, identity_shadow, trace_shadow
-from blade_compile.passes.sources import Sources, classify_sources
+from blade_compile.passes.sources import Sources, classify_sources, other_samples
 
 logger = logging.getLogger("blade_compile")
 
@@ -165,7 +166,18 @@ def _shadow(graph: fx.Graph, fake_mode: Any) -> Shadow:
         return trace_shadow(graph, fake_mode)
     except Exception as error:
         logger.debug("the graph could not be re-traced, only SDPA calls are seen", exc_info=error)
+        if any(node.op.startswith("call_") and "softmax" in _name(node.target) for node in graph.nodes):
+            _warn_once(
+                f"blade could not re-trace a graph of this model ({type(error).__name__}: {error}); in this graph only "
+                "calls of scaled_dot_product_attention are found, attention written with softmax stays dense."
+            )
         return identity_shadow(graph)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    """One warning per distinct message and process."""
+    logger.warning("%s", message)
 
 
 def _lineage(shadow: Shadow) -> Lineage:
@@ -269,6 +281,8 @@ def _check(site: AttentionSite, shadow: Shadow, lineage: Lineage, found: Match) 
         raise Refusal("channels")
     if site.sources.kind == "cross":
         raise Refusal("cross", site.sources.reason)
+    if _of_other_samples(lineage, found, site.plan):
+        raise Refusal("cross", "other batch entries than those of the queries")
     if site.sources.kind == "unknown" and not _same_length(found):
         raise Refusal(
             "cross", f"{site.T} keys for {site.S} queries, and the graph does not show that one holds the other"
@@ -298,6 +312,15 @@ def _sources(lineage: Lineage, found: Match) -> Sources:
     q_dim, k_dim, v_dim = axes
     return classify_sources(
         found.q.node, found.k.node, found.v.node, q_dim=q_dim, k_dim=k_dim, v_dim=v_dim, lineage=lineage
+    )
+
+
+def _of_other_samples(lineage: Lineage, found: Match, chosen: Plan | None) -> bool:
+    axes = [_axis(found, operand, chosen.batch) if chosen else None for operand in (found.q, found.k, found.v)]
+    q, k, v = ((operand.node, axis) for operand, axis in zip((found.q, found.k, found.v), axes))
+    return any(
+        q[1] is not None and side[1] is not None and other_samples(lineage, (q[0], q[1]), (side[0], side[1]))
+        for side in (k, v)
     )
 
 

@@ -17,8 +17,23 @@ from torch import fx
 from blade_compile.passes.codes import Refusal
 from blade_compile.passes.dims import Layout, Roles, forward
 from blade_compile.passes.fx_utils import argument, aten, is_call, is_call_in_place, is_tensor, same, shape_of, value_of
+from blade_compile.passes.masks import CONSTANTS
 from blade_compile.passes.products import PRODUCTS, Product, product
-from blade_compile.passes.scores import DIVS, SUBS, MaskTerm, blocked_by, constant_of, path_to_product, replay
+from blade_compile.passes.scores import (
+    DIVS,
+    DROPOUT,
+    LOGSUMEXP,
+    MAXIMA,
+    SUBS,
+    MaskTerm,
+    blocked_by,
+    check_no_dropout,
+    check_shifts,
+    constant_of,
+    path_to_product,
+    reduced,
+    replay,
+)
 
 SDPA = {
     aten.scaled_dot_product_attention.default,
@@ -26,7 +41,7 @@ SDPA = {
     torch._C._nn.scaled_dot_product_attention,
 }
 SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default, aten.special_softmax.default}
-DROPOUT = {aten.dropout.default, aten.dropout_.default, aten.native_dropout.default, aten.feature_dropout.default}
+EXP = {aten.exp.default, aten.exp_.default}
 _SDPA_ARGS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
@@ -66,7 +81,10 @@ class Match:
 def candidate(node: fx.Node) -> bool:
     """True for the node that every spelling has exactly one of."""
     return node.op == "call_function" and (
-        node.target in SDPA or node.target in SOFTMAX or _quotient(node) is not None or _exp_of_difference(node)
+        node.target in SDPA
+        or node.target in SOFTMAX
+        or _quotient(node) is not None
+        or _exp_of_difference(node) is not None
     )
 
 
@@ -173,6 +191,7 @@ def _match_softmax(node: fx.Node) -> Match | None:
         return None  # a product with a weight matrix is a layer: routers and classifiers
     scores = replay(roles, path)
     queries_first, (s, t, d) = _score_roles(roles, scores.product, scores.layout, inside.dim)
+    check_shifts(roles, scores.shifts, t)
     _check_unused([*path, *inside.nodes], {*path, *inside.nodes}, node, inside.source)
     walked, weights = _to_values(roles, node, scores.layout)
     values, out, e = _value_roles(roles, weights, t, s)
@@ -202,36 +221,62 @@ def _normaliser(node: fx.Node) -> _Normaliser | None:
     if quotient is not None:
         exp, total, dim = quotient
         return _Normaliser(exp.args[0], dim, [exp, *total, node])
-    if _exp_of_difference(node):
-        return _Normaliser(node.args[0], argument(node.args[0].args[1], "dim")[0] % len(shape_of(node)), [node])
-    return None
+    dim = _exp_of_difference(node)
+    return _Normaliser(node.args[0], dim, [node]) if dim is not None else None
 
 
 def _quotient(node: fx.Node) -> tuple[fx.Node, list[fx.Node], int] | None:
     """(exp, [sum and what lies between], dim) of ``e / e.sum(dim, keepdim=True)``."""
-    if (
-        not is_call(node, DIVS)
-        or len(node.args) < 2
-        or not is_call(node.args[0], {aten.exp.default, aten.exp_.default})
-    ):
+    if not is_call(node, DIVS) or len(node.args) < 2 or not is_call(node.args[0], EXP):
         return None
-    below, between = node.args[1], []
+    exp, below, between = node.args[0], node.args[1], []
+    divisor = below.args[0] if is_call(below, aten.expand.default) else below
     while is_call(below, {aten.unsqueeze.default, aten.clamp_min.default, aten.expand.default}):
         between.append(below)
         below = below.args[0]
-    if not is_call(below, aten.sum.dim_IntList) or below.args[0] is not node.args[0]:
+    if not is_call(below, aten.sum.dim_IntList) or below.args[0] is not exp:
         return None
-    dims = argument(below, "dim")
-    if not dims or len(dims) != 1 or (not argument(below, "keepdim") and not between):
+    dim = _row_dim(below, divisor, exp)
+    if dim is None or not all(_clamps_nothing(step, exp, dim) for step in between):
         return None
-    return node.args[0], [below, *between], dims[0] % len(shape_of(node))
+    return exp, [below, *between], dim
 
 
-def _exp_of_difference(node: fx.Node) -> bool:
-    if not is_call(node, {aten.exp.default, aten.exp_.default}) or not is_call(node.args[0], SUBS):
+def _row_dim(reduction: fx.Node, result: Any, source: fx.Node) -> int | None:
+    """The one dim that ``reduction`` runs over, where ``result`` meets ``source`` with size 1 there and only there."""
+    dims = argument(reduction, "dim")
+    rank = len(shape_of(source))
+    if not is_tensor(result) or not value_of(result).dtype.is_floating_point or len(shape_of(result)) != rank:
+        return None
+    if not isinstance(dims, int) and (not dims or len(dims) != 1):
+        return None
+    dim = (dims if isinstance(dims, int) else dims[0]) % rank
+    rows = [1 if d == dim else size for d, size in enumerate(shape_of(source))]
+    return dim if all(map(same, shape_of(result), rows)) else None
+
+
+def _clamps_nothing(step: fx.Node, exp: fx.Node, dim: int) -> bool:
+    """False for a lower bound that the sum may fall below: with the row maximum subtracted it is at least 1."""
+    if not is_call(step, aten.clamp_min.default):
+        return True
+    bound, shifted = constant_of(step.args[1]), exp.args[0]
+    if bound is None or bound > 1 or not is_call(shifted, SUBS) or shifted.kwargs.get("alpha", 1) != 1:
         return False
+    source, maximum = shifted.args[:2]
+    statistic = reduced(maximum)
+    own = is_call(statistic, {aten.amax.default, aten.max.dim}) and statistic.args[0] is source
+    return own and _row_dim(statistic, maximum, source) == dim
+
+
+def _exp_of_difference(node: fx.Node) -> int | None:
+    """The dim of ``exp(x - x.logsumexp(dim, keepdim=True))``."""
+    if not is_call(node, EXP) or not is_call(node.args[0], SUBS) or node.args[0].kwargs.get("alpha", 1) != 1:
+        return None
     left, right = node.args[0].args[:2]
-    return is_call(right, aten.logsumexp.default) and right.args[0] is left
+    total = reduced(right)
+    if not is_call(total, LOGSUMEXP) or total.args[0] is not left:
+        return None
+    return _row_dim(total, right, left)
 
 
 def _is_parameter(node: fx.Node) -> bool:
@@ -267,15 +312,6 @@ def _atoms(roles: Roles, layout: Layout) -> list[int]:
 
 
 # ---- from the weights down -------------------------------------------------------------------------------------------
-def _follows(node: fx.Node) -> bool:
-    """A step from weights to weights: cast, view, permutation, inactive dropout."""
-    if node.op != "call_function" or not node.args or not is_tensor(node.args[0]):
-        return False
-    if node.target in DROPOUT or is_call(node, operator.getitem):
-        return True
-    return forward(Roles(), node, Roles().fresh(shape_of(node.args[0]))) is not None
-
-
 def _meets_product(node: fx.Node, depth: int = 8) -> bool:
     """True where the weights reach a product with another tensor by few steps: the mark of attention."""
     if depth == 0:
@@ -340,28 +376,17 @@ def _check_unused(nodes: list[fx.Node], region: set[fx.Node], end: fx.Node, sour
         if node is end:
             continue
         for user in node.users:
-            if user in region or _only_shifts(user, region):
+            if user in region or _stays_inside(user, region):
                 continue
             if is_call_in_place(user):
                 raise Refusal("mutation", f"the value of {node}")
             raise Refusal("weights-used", "scores")
 
 
-def _only_shifts(user: fx.Node, region: set[fx.Node], depth: int = 5) -> bool:
-    """A row maximum or normaliser whose every use is back in the region."""
-    small = is_call(user, {aten.amax.default, aten.max.dim, aten.max.default, aten.logsumexp.default})
+def _stays_inside(user: fx.Node, region: set[fx.Node], depth: int = 5) -> bool:
+    """A row statistic, or a constant of the scores' shape, whose every use is back in the region."""
+    small = is_call(user, MAXIMA | LOGSUMEXP | CONSTANTS)
     carries = is_call(user, {operator.getitem, aten.detach.default, aten.unsqueeze.default, aten.to.dtype})
     if depth == 0 or not (small or carries):
         return False
-    return all(next_user in region or _only_shifts(next_user, region, depth - 1) for next_user in user.users)
-
-
-def check_no_dropout(p: Any, training: Any = True) -> None:
-    """Raise unless dropout does nothing. A symbolic probability that is 0 now is guarded to stay 0."""
-    if training is False:
-        return
-    number = constant_of(p)
-    if number is None and isinstance(value_of(p), torch.SymFloat):
-        number = 0.0 if bool(value_of(p) == 0.0) else None
-    if number != 0.0:
-        raise Refusal("dropout", f"p={number if number is not None else 'unknown'}")
+    return all(next_user in region or _stays_inside(next_user, region, depth - 1) for next_user in user.users)

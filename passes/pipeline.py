@@ -3,6 +3,7 @@
 SparseAttentionPass  pre-grad: finds attention and rewrites what gains (the only pass that changes numerics)
 PinMasksPass         joint: predicted masks are saved for the backward, never predicted again
 KeyPass              post-grad: changes nothing; its uuid puts blade's sources and options into the cache key
+InlineKernelsPass    post-grad, on request: Triton kernels that Inductor launches itself
 Chain                a user's own passes in the same slot, before ours
 """
 
@@ -10,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.metadata
 import logging
 import operator
 import time
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -130,6 +131,15 @@ class KeyPass(CustomGraphPass):
         return
 
 
+class InlineKernelsPass(KeyPass):
+    """Hands blade's Triton kernels over to Inductor, which then launches them itself (``inline_kernels=True``)."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        from .inline import inline_kernels
+
+        inline_kernels(graph)
+
+
 class Chain(CustomGraphPass):
     """Several passes in one slot; not cacheable if one of them isn't."""
 
@@ -159,9 +169,10 @@ def inductor_patches(settings: Settings, inductor_options: dict[str, Any]) -> di
     for slot, ours in (
         ("pre_grad_custom_pass", SparseAttentionPass(settings, key)),
         ("joint_custom_pre_pass", PinMasksPass(key)),
-        ("post_grad_custom_post_pass", KeyPass(key)),
+        ("post_grad_custom_post_pass", InlineKernelsPass(key) if settings.inline_kernels else KeyPass(key)),
     ):
-        patches[slot] = chain(patches.get(slot), ours)
+        # What is set globally would be replaced by a patch, and has to run too.
+        patches[slot] = chain(patches[slot] if slot in patches else getattr(inductor_config, slot), ours)
     return patches
 
 
@@ -182,16 +193,8 @@ def source_hash() -> str:
     return digest.hexdigest()
 
 
-@functools.cache
-def _triton_version() -> str:
-    try:
-        return importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
-
-
 def _environment() -> tuple[str, ...]:
-    from blade_compile.kernels import cost, dispatch
+    from blade_compile.kernels import compat, cost, dispatch
 
     families = [dispatch.family(torch.device("cpu"), dtype) for dtype in dispatch.KERNEL_DTYPES]
-    return (*families, _triton_version(), cost.table_hash())
+    return (*families, compat.triton_version(), cost.table_hash())

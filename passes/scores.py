@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,16 @@ SUBS = {aten.sub.Tensor, aten.sub_.Tensor, aten.sub.Scalar, aten.sub_.Scalar}
 FILLS = {aten.masked_fill.Scalar, aten.masked_fill_.Scalar, aten.masked_fill.Tensor, aten.masked_fill_.Tensor}
 WHERES = {aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar}
 ARITHMETIC = MULS | DIVS | ADDS | SUBS
+MAXIMA = {aten.amax.default, aten.max.dim, aten.max.default}
+LOGSUMEXP = {aten.logsumexp.default}
+DROPOUT = {aten.dropout.default, aten.dropout_.default, aten.native_dropout.default, aten.feature_dropout.default}
+COPIES = {
+    aten.lift_fresh_copy.default, aten.lift_fresh.default, aten.clone.default,
+    aten.detach.default, aten.detach_.default,
+}  # fmt: skip
+"""How ``torch.tensor(number)`` comes out of the re-trace, around the number itself."""
+
+_UNKNOWN = "a tensor whose value is not known when compiling"
 
 HIDDEN = -1e3
 """A fill at or below this makes a key invisible: exp(fill - max) is 0 next to any key that may be attended."""
@@ -63,6 +74,8 @@ class Scores:
     factors: list[tuple[fx.Node, Layout, bool]] = field(default_factory=list)
     """tensor or symbolic factors (node, layout, inverse) that do not vary over the keys"""
     masks: list[MaskTerm] = field(default_factory=list)
+    shifts: list[Layout] = field(default_factory=list)
+    """layouts of row maxima that were added or subtracted: the softmax ignores those that do not vary over the keys"""
     chain: list[fx.Node] = field(default_factory=list)
 
 
@@ -81,7 +94,11 @@ def path_to_product(node: Any, depth: int = 24, *, through_anything: bool = Fals
 
 
 def _candidates(node: fx.Node, through_anything: bool) -> list[Any]:
-    if node.target in CASTS | VIEWS | FILLS or permutation(node) is not None or is_call(node, aten.expand.default):
+    if (
+        node.target in CASTS | VIEWS | FILLS | DROPOUT
+        or permutation(node) is not None
+        or is_call(node, aten.expand.default)
+    ):
         return [node.args[0]]
     if node.target in ARITHMETIC:
         return sorted((x for x in node.args[:2] if is_tensor(x)), key=lambda x: -len(shape_of(x)))
@@ -135,6 +152,8 @@ def replay(roles: Roles, path: list[fx.Node]) -> Scores:
 def _step(roles: Roles, scores: Scores, above: fx.Node, node: fx.Node) -> None:
     if node.target in ARITHMETIC:
         _arithmetic(roles, scores, above, node)
+    elif node.target in DROPOUT and is_tensor(node):
+        check_no_dropout(node.args[1], training=node.args[2])
     elif node.target in FILLS:
         _hide(scores, node.args[1], "drop", node.args[2], node)
     elif node.target in WHERES:
@@ -181,8 +200,12 @@ def _add(scores: Scores, other: Any, node: fx.Node, *, negative: bool, flipped: 
     alpha = node.kwargs.get("alpha", 1)
     if flipped:
         raise Refusal("scores-modified", "a subtraction from a tensor")
-    if constant_of(other) is not None or _is_row_maximum(other, scores.chain):
+    if constant_of(other) is not None:
         return  # the softmax does not see a shift that is the same for all keys
+    statistic = reduced(other)
+    if is_call(statistic, MAXIMA | LOGSUMEXP) and statistic.args[0] in scores.chain:
+        scores.shifts.append(_aligned(scores.layout, other))
+        return
     factor = _constant(alpha, "alpha") * (-1.0 if negative else 1.0)
     if not is_tensor(other):
         return  # a symbolic number is a shift too
@@ -192,20 +215,23 @@ def _add(scores: Scores, other: Any, node: fx.Node, *, negative: bool, flipped: 
 def _hide(scores: Scores, condition: Any, how: str, fill: Any, node: fx.Node) -> None:
     number = constant_of(fill)
     if number is None or not number <= HIDDEN:
-        raise Refusal("scores-modified", f"{_name(node)} with {'a tensor' if number is None else number}")
+        raise Refusal("scores-modified", f"{_name(node)} with {_UNKNOWN if number is None else number}")
     if not is_tensor(condition):
         raise Refusal("scores-modified", _name(node))
     scores.masks.append(MaskTerm(condition, _aligned(scores.layout, condition), how, fill=number))
 
 
-def _is_row_maximum(node: Any, chain: list[fx.Node]) -> bool:
-    """``x.amax(-1, keepdim=True)`` or ``x.max(-1, keepdim=True).values`` (or logsumexp) of a node of the chain."""
+def check_shifts(roles: Roles, shifts: list[Layout], keys: int) -> None:
+    """Raise unless every shift is the same for all keys of a query, whatever dimensions it was reduced over."""
+    if any(keys in dim for layout in shifts for dim in roles.now(layout)):
+        raise Refusal("scores-modified", "the subtraction of a maximum that varies over the keys")
+
+
+def reduced(node: Any) -> Any:
+    """What a row statistic is before it is brought into shape: ``x.max(-1).values.unsqueeze(-1)`` is ``x.max(-1)``."""
     while is_tensor(node) and (node.target in CASTS or is_call(node, {aten.detach.default, aten.unsqueeze.default})):
         node = node.args[0]
-    if is_call(node, operator.getitem) and node.args[1] == 0:
-        node = node.args[0]
-    targets = {aten.amax.default, aten.max.dim, aten.logsumexp.default, aten.max.default}
-    return is_call(node, targets) and node.args[0] in chain
+    return node.args[0] if is_call(node, operator.getitem) and node.args[1] == 0 else node
 
 
 def _aligned(layout: Layout, other: Any) -> Layout:
@@ -226,21 +252,49 @@ def _constant(value: Any, what: str) -> float:
     return number
 
 
+def check_no_dropout(p: Any, training: Any = True) -> None:
+    """Raise unless dropout does nothing. A symbolic probability that is 0 now is guarded to stay 0."""
+    if training is False:
+        return
+    number = constant_of(p)
+    if number is None and isinstance(value_of(p), torch.SymFloat):
+        number = 0.0 if bool(value_of(p) == 0.0) else None
+    if number != 0.0:
+        raise Refusal("dropout", f"p={number if number is not None else 'unknown'}")
+
+
 def constant_of(value: Any) -> float | None:
     """The number that an argument certainly is; None for tensors and symbols."""
     if isinstance(value, (bool, int, float)):
         return float(value)
     if not isinstance(value, fx.Node):
         return None
-    if is_call(value, {aten.lift_fresh_copy.default, aten.lift_fresh.default, aten.clone.default, *CASTS}):
-        return constant_of(value.args[0])
-    if is_call(value, aten.scalar_tensor.default):
-        return constant_of(value.args[0])
-    if is_call(value, {aten.full.default, aten.full_like.default, aten.new_full.default}):
-        return constant_of(argument(value, "fill_value"))
-    if value.op == "get_attr" and value.graph.owning_module is not None:
-        tensor = getattr(value.graph.owning_module, str(value.target), None)
+    number = _filled_with(value)
+    if number is None or not is_tensor(value):
+        return number
+    return in_dtype(number, value_of(value).dtype)
+
+
+def _filled_with(node: fx.Node) -> float | None:
+    """The number every element of a node was made from, before the node's own dtype rounds it."""
+    if is_call(node, COPIES | CASTS):
+        return constant_of(node.args[0])
+    if is_call(node, aten.scalar_tensor.default):
+        return constant_of(node.args[0])
+    if is_call(node, {aten.full.default, aten.full_like.default, aten.new_full.default}):
+        return constant_of(argument(node, "fill_value"))
+    if node.op == "get_attr" and node.graph.owning_module is not None:
+        tensor = getattr(node.graph.owning_module, str(node.target), None)
         real = isinstance(tensor, torch.Tensor) and type(tensor) is torch.Tensor and tensor.numel() == 1
         return float(tensor.item()) if real and tensor is not None else None
-    number = value_of(value)
+    number = value_of(node)
     return float(number) if isinstance(number, (int, float)) else None
+
+
+def in_dtype(number: float, dtype: torch.dtype) -> float | None:
+    """A number as a tensor of this dtype holds it. Python's own arithmetic: a fake mode may be active."""
+    if dtype.is_floating_point:
+        return number if abs(number) <= torch.finfo(dtype).max else math.copysign(math.inf, number)
+    if dtype == torch.bool:
+        return float(bool(number))
+    return float(math.trunc(number)) if math.isfinite(number) else None

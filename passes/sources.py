@@ -58,6 +58,27 @@ def classify_sources(
         return Sources("unknown", reason=f"the graph could not be read ({type(error).__name__}: {error})")
 
 
+_RESAMPLED = {"flip", "roll", "index", "index_select", "expand", "expand_as", "broadcast_to", "repeat"}
+
+
+def other_samples(lineage: Lineage, q: tuple[fx.Node, int], other: tuple[fx.Node, int]) -> bool:
+    """Whether the graph shows keys (or values) of other batch entries than the queries': a (node, batch axis) each.
+
+    They are made of other ranges of a tensor that both come from, or went through a call that moves batch entries.
+    """
+    one, two = (_leaves(lineage, lineage.segments(*side)) for side in (q, other))
+    if not one or not two or one & two:
+        return False
+    nodes = {leaf.node for leaf in one}
+    return any(leaf.node in nodes for leaf in two) or _moves(one) != _moves(two)
+
+
+def _moves(leaves: frozenset[Leaf]) -> set[tuple[str, str]]:
+    """The calls among the leaves that move entries, with what they move by; alike on both sides they do no harm."""
+    calls = [leaf.node for leaf in leaves if op_name(leaf.node) in _RESAMPLED]
+    return {(op_name(call), str(call.args[1:])) for call in calls}
+
+
 def _classify(lineage: Lineage, q: Segments, k: Segments, v: Segments) -> Sources:
     if not q or not k:
         return Sources("unknown", reason="the token axis of the queries or keys has one token or no known size")

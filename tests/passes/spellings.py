@@ -311,6 +311,51 @@ def _(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
     return scores.softmax(-1) @ v
 
 
+@rewritten("matmul, row maximum by max().values and unsqueeze")
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT * SCALE
+    return (scores - scores.max(-1).values.unsqueeze(-1)).softmax(-1) @ v
+
+
+@rewritten("matmul, sum clamped where it can't be lower")
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT * SCALE
+    weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+    return weights / weights.sum(-1).unsqueeze(-1).clamp_min(1e-9) @ v
+
+
+@rewritten("matmul, factor of a cast constant")
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT * torch.full((), 1.5).to(torch.int32)).softmax(-1) @ v
+
+
+@rewritten("matmul, dropout 0 on the scores")
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.dropout(q @ k.mT * SCALE, 0.0).softmax(-1) @ v
+
+
+@rewritten("matmul, where with a tensor of -inf", with_keys(), mask="key")
+def _(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    return torch.where(keep[:, None, None], q @ k.mT * SCALE, torch.tensor(float("-inf"))).softmax(-1) @ v
+
+
+@rewritten("matmul, where with new_tensor", with_keys(), mask="key")
+def _(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    scores = q @ k.mT * SCALE
+    return torch.where(keep[:, None, None], scores, scores.new_tensor(-1e9)).softmax(-1) @ v
+
+
+@rewritten("matmul, masked_fill with a tensor", with_keys(), mask="key")
+def _(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    return (q @ k.mT * SCALE).masked_fill(~keep[:, None, None], torch.tensor(-1e9)).softmax(-1) @ v
+
+
+@rewritten("matmul, where with full_like", with_keys(), mask="key")
+def _(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    scores = q @ k.mT * SCALE
+    return torch.where(keep[:, None, None], scores, torch.full_like(scores, -1e9)).softmax(-1) @ v
+
+
 @rewritten("matmul, grouped heads expanded", lambda: qkv(kv_heads=2))
 def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     k, v = (x[:, :, None].expand(B, 2, 2, S, D).reshape(B, H, S, D) for x in (k, v))
@@ -531,6 +576,69 @@ def _(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> Tensor:
 @left_alone("matmul, clamped scores", "scores-modified")
 def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT * SCALE).clamp(-5, 5).softmax(-1) @ v
+
+
+def _shifted(shift: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.mT * SCALE
+        return (scores - shift(scores)).softmax(-1) @ v
+
+    return call
+
+
+for _name, _shift in {
+    "maximum over the queries": lambda s: s.amax(-2, keepdim=True),
+    "max().values over the queries": lambda s: s.max(-2, keepdim=True).values,
+    "log-sum-exp over the queries": lambda s: s.logsumexp(-2, keepdim=True),
+    "maximum over the heads": lambda s: s.amax(1, keepdim=True),
+    "maximum over the batch": lambda s: s.amax(0),
+    "row maximum along the keys": lambda s: s.amax(-1).unsqueeze(-2),
+}.items():
+    left_alone(f"matmul, {_name} subtracted", "scores-modified")(_shifted(_shift))
+
+
+@left_alone("matmul, row sums along the keys", None)
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = (q @ k.mT * SCALE).exp()
+    return (weights / weights.sum(-1).unsqueeze(-2)) @ v
+
+
+@left_alone("matmul, row sums clamped", None)
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = (q @ k.mT * SCALE).exp()
+    return (weights / weights.sum(-1, keepdim=True).clamp_min(1e3)) @ v
+
+
+@left_alone("matmul, twice the log-sum-exp", None)
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT * SCALE
+    return torch.exp(torch.sub(scores, scores.logsumexp(-1, keepdim=True), alpha=2)) @ v
+
+
+@left_alone("matmul, log-sum-exp along the keys", None)
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = (q @ k.mT * SCALE)[0, 0]
+    return torch.exp(scores - scores.logsumexp(-1)) @ v[0, 0]
+
+
+@left_alone("matmul, scores rounded", "scores-modified")
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).to(torch.int32).float().softmax(-1) @ v
+
+
+@left_alone("matmul, weights as bool", "weights-modified")
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT * SCALE).softmax(-1).to(torch.bool).float() @ v
+
+
+@left_alone("matmul, fill from an input", "scores-modified", lambda: (*qkv(), torch.tensor(-1e9)))
+def _(q: Tensor, k: Tensor, v: Tensor, fill: Tensor) -> Tensor:
+    return (q @ k.mT * SCALE).masked_fill(torch.arange(S) < 3, fill).softmax(-1) @ v
+
+
+@left_alone("matmul, dropout on the scores", "dropout")
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.dropout(q @ k.mT * SCALE, 0.5, training=True).softmax(-1) @ v
 
 
 @left_alone("matmul, gated weights", "weights-modified", lambda: (*qkv(), torch.rand(H, 1, 1)))

@@ -100,6 +100,31 @@ def test_cross_attention_of_the_same_length():
     assert read(Cross(), rand(B, S, H * D), rand(B, S, H * D)).codes == ["cross"]
 
 
+@pytest.mark.parametrize(
+    ("name", "pick", "code"),
+    [
+        ("halves", lambda q, k, v: (q[:2], k[2:], v[2:]), "cross"),
+        ("first", lambda q, k, v: (q, k[:1].expand(4, -1, -1, -1), v[:1].expand(4, -1, -1, -1)), "cross"),
+        ("flip", lambda q, k, v: (q, k.flip(0), v.flip(0)), "cross"),
+        ("roll", lambda q, k, v: (q, k.roll(1, 0), v.roll(1, 0)), "cross"),
+        ("values only", lambda q, k, v: (q, k, v.flip(0)), "cross"),
+        ("index", lambda q, k, v: (q, k[[1, 0, 3, 2]], v[[1, 0, 3, 2]]), "cross"),
+        ("same half", lambda q, k, v: tuple(x.chunk(2)[1] for x in (q, k, v)), "rewritten"),
+        ("all flipped", lambda q, k, v: (q.flip(0), k.flip(0), v.flip(0)), "rewritten"),
+        ("heads flipped", lambda q, k, v: (q, k.flip(1), v.flip(1)), "rewritten"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_attention_between_batch_entries(name: str, pick, code: str):
+    layers = nn.ModuleList([nn.Linear(H * D, H * D) for _ in range(3)])
+
+    def call(x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (H, D)).transpose(1, 2) for layer in layers)
+        return F.scaled_dot_product_attention(*pick(q, k, v))
+
+    assert read(call, rand(4, S, H * D)).codes == [code]
+
+
 def test_mask_that_needs_a_gradient():
     def call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         return (q @ k.mT + bias * 2).softmax(-1) @ v
@@ -165,6 +190,19 @@ def test_an_unreadable_graph_still_shows_its_sdpa_calls(monkeypatch):
     monkeypatch.setattr(module, "trace_shadow", fail)
     backend = read(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=0.5), *qkv())
     assert backend.codes == ["rewritten"]
+
+
+def test_an_unreadable_graph_with_attention_by_hand_warns_once(monkeypatch, caplog):
+    import blade_compile.passes.find_attention as module
+
+    def fail(*_args):
+        raise RuntimeError("cannot be traced, by hand")
+
+    monkeypatch.setattr(module, "trace_shadow", fail)
+    for _ in range(2):
+        torch._dynamo.reset()
+        assert read(lambda q, k, v: (q @ k.mT).softmax(-1) @ v, *qkv()).codes == []
+    assert [record.levelname for record in caplog.records if "by hand" in record.message] == ["WARNING"]
 
 
 def test_a_reader_that_raises_refuses_one_site_only(monkeypatch):

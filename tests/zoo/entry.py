@@ -45,6 +45,7 @@ class Entry:
         inputs: maps a seed to ``(args, kwargs)``; fp32 and integer CPU tensors.
         family: the file it comes from, a heading of the conformance table.
         fullgraph: whether plain Inductor compiles it with ``fullgraph=True``.
+        breaks: judged with graph breaks although it compiles whole; ``notes`` say why.
         warm: one eager forward is needed before ``fullgraph`` compiles (a table made at the first call).
         backward: whether the conformance run compares parameter gradients too.
         not_self: calls with as many keys as queries that are nevertheless not plain self-attention over tokens.
@@ -58,6 +59,7 @@ class Entry:
     inputs: Callable[[int], Inputs]
     family: str
     fullgraph: bool = True
+    breaks: bool = False
     warm: bool = False
     backward: bool = False
     not_self: int = 0

@@ -39,6 +39,7 @@ def judge(entry: Entry) -> Row:
         row["fullgraph"] = _compiles_whole(entry, model)
         if row["fullgraph"] != entry.fullgraph:
             problems.append(f"fullgraph with plain Inductor: {row['fullgraph']}, recorded {entry.fullgraph}")
+        row["whole"] = row["fullgraph"] and not entry.breaks
         _sites(entry, model, calls, row, problems)
         _forward(entry, model, row, problems)
         if entry.backward and "inductor fails" not in row:
@@ -69,7 +70,7 @@ def _sites(entry: Entry, model: nn.Module, calls: list[Call], row: Row, problems
     with torch.no_grad(), _fresh():
         args, kwargs = entry.inputs(SEED)
         options = {**ALWAYS, "sparsity": 0.5}
-        compiled = torch.compile(model, backend="blade", options=options, fullgraph=row["fullgraph"])
+        compiled = torch.compile(model, backend="blade", options=options, fullgraph=row["whole"])
         report = blade_compile.explain(compiled, *args, **kwargs)
     codes = Counter[str]()
     for site in report.sites:
@@ -102,19 +103,22 @@ def _sites(entry: Entry, model: nn.Module, calls: list[Call], row: Row, problems
 def _forward(entry: Entry, model: nn.Module, row: Row, problems: list[str]) -> None:
     exact, row["reference"] = _exact(entry)
     try:
-        dense, _ = _compiled(entry, model, "inductor", None, row["fullgraph"])
+        dense, _ = _compiled(entry, model, "inductor", None, row["whole"])
     except Exception as error:  # noqa: BLE001 (Inductor's own limits, found by running it)
         _same_failure(entry, model, error, row, problems)
         return
     row["error"] = {"dense": _error(dense, exact)}
     for name, options in (("sparsity=0", {"sparsity": 0.0}), ("tau=1", {"tau": 1.0})):
-        out, events = _compiled(entry, model, "blade", options, row["fullgraph"])
+        out, events = _compiled(entry, model, "blade", options, row["whole"])
         row["error"][name] = _error(out, exact)
         _compare(name, out, dense, exact, problems)
         row["kernel runs"] = _kernel_runs(events, "block_sparse_attention")
         if row["kernel runs"] != row["rewritten"]:
             problems.append(f"{name}: the block kernel ran {row['kernel runs']} times for {row['rewritten']} sites")
-    out, _ = _compiled(entry, model, "blade", {"sparsity": 0.5}, row["fullgraph"])
+    if row["fullgraph"] and not row["whole"]:
+        out, _ = _compiled(entry, model, "blade", {"sparsity": 0.0}, True)
+        _compare("fullgraph=True", out, dense, exact, problems)
+    out, _ = _compiled(entry, model, "blade", {"sparsity": 0.5}, row["whole"])
     row["change"] = _error(out, dense)
     if row["density"] < 1 and not row["change"] > 10 * max(row["error"]["dense"], torch.finfo(torch.float32).eps):
         problems.append(f"sparsity=0.5 changes the output by {row['change']:.1e} only")
@@ -127,7 +131,7 @@ def _same_failure(entry: Entry, model: nn.Module, error: Exception, row: Row, pr
     if row["rewritten"]:
         problems.append(f"sites are rewritten, but plain Inductor fails and nothing can be compared: {reason}")
     try:
-        _compiled(entry, model, "blade", {"sparsity": 0.5}, row["fullgraph"])
+        _compiled(entry, model, "blade", {"sparsity": 0.5}, row["whole"])
         problems.append(f"plain Inductor fails and blade does not: {reason}")
     except Exception as ours:  # noqa: BLE001
         if _headline(ours) != reason:
@@ -167,10 +171,10 @@ def _kernel_runs(events: list[observe.Event], op: str) -> int:
 def _backward(entry: Entry, model: nn.Module, row: Row, problems: list[str]) -> None:
     exact = _gradients(entry, entry.build().double(), lambda module: module, torch.float64)
     with _fresh():
-        dense = _gradients(entry, model, lambda module: torch.compile(module, fullgraph=row["fullgraph"]))
+        dense = _gradients(entry, model, lambda module: torch.compile(module, fullgraph=row["whole"]))
     with _fresh(), observe.record() as events:
         options = {**ALWAYS, "sparsity": 0.0}
-        wrap = lambda module: torch.compile(module, backend="blade", options=options, fullgraph=row["fullgraph"])  # noqa: E731
+        wrap = lambda module: torch.compile(module, backend="blade", options=options, fullgraph=row["whole"])  # noqa: E731
         blade = _gradients(entry, model, wrap)
     row["gradient error"] = {"dense": _error(dense, exact), "sparsity=0": _error(blade, exact)}
     runs = _kernel_runs(events, "block_sparse_attention_backward")
