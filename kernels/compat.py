@@ -15,12 +15,12 @@ from typing import Any
 try:
     from torch._functorch.utils import enable_single_level_autograd_function as single_level_functions
 except ImportError:  # then functorch's transforms refuse a direct call, as they do for most custom operators
-    single_level_functions = contextlib.nullcontext
+    single_level_functions = contextlib.nullcontext  # type: ignore[assignment]
 
 try:
     from filelock import FileLock
 except ImportError:  # it comes with torch, but torch does not promise it
-    FileLock = None
+    FileLock = None  # type: ignore[assignment, misc]
 
 
 def after_fork(function: Callable[[], None]) -> None:

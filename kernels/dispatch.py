@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import threading
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -135,14 +136,14 @@ def _select(
     forced_q: Tensor | None,
     forced_k: Tensor | None,
 ) -> tuple[Tensor, Tensor, str]:
-    chosen = (sel.sparsity, sel.tau, sel.min_keep, sel.max_keep, forced_q, forced_k)
+    chosen: tuple[Any, ...] = (sel.sparsity, sel.tau, sel.min_keep, sel.max_keep, forced_q, forced_k)
     if _kernel_runs(q):
         (S, T), H = (q.shape[2], k.shape[2]), q.shape[1]
         pos_q = positions_cached(S, sel.block_size, sel.probe_tokens, H, sel.seed, "q")
         pos_k = positions_cached(T, sel.block_size, sel.probe_tokens, H, sel.seed, "k")
         num, idx = cpu_probe.predict(q, k, bias, scale, sel.block_size, pos_q, pos_k, *chosen)
         return num, idx, f"cpu-{cpu_build.loaded_isa()}"
-    probe = (sel.block_size, sel.probe_tokens, sel.seed)
+    probe: tuple[Any, ...] = (sel.block_size, sel.probe_tokens, sel.seed)
     if q.device.type != "cpu":
         return accelerator.select(q, k, bias, scale, *probe, *chosen)
     return *aten.select(q, k, bias, scale, *probe, *chosen), "aten"

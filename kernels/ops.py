@@ -250,7 +250,7 @@ def _differentiates(*tensors: Tensor | None) -> bool:
 def _block_sparse_attention_backward_autograd(grad_out: Tensor, grad_lse: Tensor | None, *rest: Any) -> Any:
     if _differentiates(grad_out, grad_lse, *rest[:3]):
         with compat.single_level_functions():
-            return _Backward.apply(grad_out, grad_lse, *rest)
+            return _Backward.apply(grad_out, grad_lse, *rest)  # type: ignore[attr-defined]
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.blade.block_sparse_attention_backward.default(grad_out, grad_lse, *rest)
 
@@ -270,7 +270,7 @@ def _block_sparse_attention_autograd(
     args = (q, k, v, kv_num_blocks, kv_indices, key_mask, scale, block_size, when, site)
     if _differentiates(q, k, v):
         with compat.single_level_functions():
-            return _BlockSparseAttention.apply(*args)  # type: ignore[no-any-return]
+            return _BlockSparseAttention.apply(*args)  # type: ignore[attr-defined, no-any-return]
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.blade.block_sparse_attention.default(*args)  # type: ignore[no-any-return]
 

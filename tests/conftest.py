@@ -29,7 +29,7 @@ settings.register_profile(
     "default", derandomize=True, deadline=None, max_examples=30, database=None, suppress_health_check=_SLOW_IS_FINE
 )
 settings.register_profile(
-    "fuzz", derandomize=False, deadline=None, max_examples=1000, print_blob=True, suppress_health_check=_SLOW_IS_FINE
+    "fuzz", derandomize=False, deadline=None, max_examples=500, print_blob=True, suppress_health_check=_SLOW_IS_FINE
 )
 settings.load_profile("default")
 
