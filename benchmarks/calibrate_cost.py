@@ -3,10 +3,10 @@
     python -m benchmarks.calibrate_cost --out my_table.json     # then set BLADE_COST_TABLE=my_table.json
     python -m benchmarks.calibrate_cost --shipped               # every family of kernels/cost_table.json
 
-Times dense SDPA, the block kernel and the prediction on a small grid of sizes, on one thread and by the processor's
-clock, and solves for the constants (non-negative, least squares of relative errors). The features are the derivatives
-of ``cost.expressions`` by each constant: the model and its fit can't part. ``benchmarks.auto_choice`` then checks what
-the constants decide.
+Times dense SDPA, the block kernel and the prediction on a small grid of sizes, on the GPU if there is one, else on one
+thread and by the processor's clock, and solves for the constants (non-negative, least squares of relative errors). The
+features are the derivatives of ``cost.expressions`` by each constant: the model and its fit can't part.
+``benchmarks.auto_choice`` then checks what the constants decide.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from benchmarks.tables import ROOT
 from blade_compile.kernels import cost, cpu_build, dispatch, lists, ops  # noqa: F401 (ops registers the operators)
 
 SHIPPED = ROOT / "kernels/cost_table.json"
-HEADS = 2
+CPU = torch.device("cpu")
+HEADS = {"cpu": 2, "cuda": 24}  # a GPU has to be full, or the cost is not one of the work
 # What torch's own kernels see of the machine, so that an older processor's dense attention is imitated too. Its
 # matrix library can't be told: the families of smaller instruction sets hold dense times of a newer machine's library.
 IMITATE = {
@@ -43,8 +44,10 @@ NO_COMPILER = {"CXX": "blade-calibrates-without-a-compiler"}
 Sizes = dict[str, float]
 
 
-def grid() -> dict[str, list[Sizes]]:
+def grid(device: torch.device = CPU) -> dict[str, list[Sizes]]:
     """Sizes to time, for each of the cost model's three expressions."""
+    if device.type == "cuda":
+        return _gpu_grid()
     square = [(S, S, D) for D in (64, 128) for S in (128, 256, 512, 1024, 2048, 4096)]
     shapes = [*square, (512, 4096, 128), (4096, 512, 64), (1024, 1024, 40), (1024, 1024, 96)]
     dense = [_sizes(*shape) for shape in shapes]
@@ -62,14 +65,26 @@ def grid() -> dict[str, list[Sizes]]:
     return {"dense": dense, "attention": attention, "predict": predict}
 
 
-def _sizes(S: int, T: int, D: int, block: int = 128, probe: int = 16, density: float = 1.0) -> Sizes:
-    return {"B": 1, "H": HEADS, "S": S, "T": T, "D": D, "block": block, "probe": probe, "density": density}
+def _gpu_grid() -> dict[str, list[Sizes]]:
+    shapes = [(S, S, D) for D in (64, 128) for S in (1024, 2048, 4096, 8192, 16384)]
+    shapes += [(1024, 8192, 128), (8192, 1024, 64), (4096, 4096, 40), (4096, 4096, 96)]
+    dense = [_sizes(*shape, heads=HEADS["cuda"]) for shape in shapes]
+    attention = [{**sizes, "density": d} for sizes in dense for d in (1.0, 0.5, 0.25, 0.1)]
+    attention += [{**sizes, "block": 64, "density": d} for sizes in dense for d in (1.0, 0.25)]
+    predict = [{**sizes, "block": b} for sizes in dense for b in (64, 128)]
+    return {"dense": dense, "attention": attention, "predict": predict}
 
 
-def call(what: str, sizes: Sizes, dtype: torch.dtype) -> tuple[timing.Case, Sizes]:
+def _sizes(
+    S: int, T: int, D: int, block: int = 128, probe: int = 16, density: float = 1.0, heads: int = HEADS["cpu"]
+) -> Sizes:
+    return {"B": 1, "H": heads, "S": S, "T": T, "D": D, "block": block, "probe": probe, "density": density}
+
+
+def call(what: str, sizes: Sizes, dtype: torch.dtype, device: torch.device = CPU) -> tuple[timing.Case, Sizes]:
     """What an expression predicts, as a call, and the sizes with the density that it really has."""
-    S, T, D, block = (int(sizes[name]) for name in ("S", "T", "D", "block"))
-    q, k, v = (torch.randn(1, HEADS, n, D).to(dtype) for n in (S, T, T))
+    H, S, T, D, block = (int(sizes[name]) for name in ("H", "S", "T", "D", "block"))
+    q, k, v = (torch.randn(1, H, n, D, device=device).to(dtype) for n in (S, T, T))
     if what == "dense":
         return lambda: F.scaled_dot_product_attention(q, k, v), sizes
     if what == "predict":
@@ -77,7 +92,7 @@ def call(what: str, sizes: Sizes, dtype: torch.dtype) -> tuple[timing.Case, Size
         return lambda: torch.ops.blade.mask_predict(q, k, sparsity=0.8, block_size=block, probe_tokens=probe), sizes
     nQ, nK = -(-S // block), -(-T // block)
     if sizes["density"] == 1:
-        num, idx = lists.full_lists(1, HEADS, nQ, nK, q.device)
+        num, idx = lists.full_lists(1, H, nQ, nK, q.device)
     else:
         num, idx = torch.ops.blade.mask_predict(q, k, sparsity=1 - sizes["density"], block_size=block, probe_tokens=4)
     kept = float(num.double().mean()) / nK
@@ -87,16 +102,20 @@ def call(what: str, sizes: Sizes, dtype: torch.dtype) -> tuple[timing.Case, Size
     }
 
 
-def fit(what: str, dtype: torch.dtype, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
+def fit(
+    what: str, dtype: torch.dtype, rounds: int, device: torch.device = CPU
+) -> tuple[dict[str, float], dict[str, float]]:
     """The constants of one expression, and how far its predictions are off on the grid.
 
     The latter: median relative error, and the 10th and 90th percentile of predicted / measured.
     """
     rows, seconds = [], []
-    for wanted in grid()[what]:
-        case, sizes = call(what, wanted, dtype)
+    # One thread by its own time; what a GPU does is no time of this process.
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    for wanted in grid(device)[what]:
+        case, sizes = call(what, wanted, dtype, device)
         rows.append(sizes)
-        seconds.append(timing.paired({"": case}, rounds=rounds, clock=time.process_time)[""].low)
+        seconds.append(timing.paired({"": case}, rounds=rounds, clock=clock)[""].low)
     names, features = _features(what, rows)
     measured = np.array(seconds) * 1e12  # constants are in picoseconds
     solution = nonnegative_least_squares(features / measured[:, None], np.ones(len(measured)))
@@ -140,18 +159,21 @@ def nonnegative_least_squares(A: np.ndarray, b: np.ndarray) -> np.ndarray:
     return x / scale
 
 
-def calibrate(dtypes: list[torch.dtype], rounds: int) -> dict[str, Any]:
+def calibrate(dtypes: list[torch.dtype], rounds: int, device: torch.device = CPU) -> dict[str, Any]:
     """This process's table entries: family -> setup, constants and errors of the fit, each by dtype."""
     torch.set_num_threads(1)
     info = setup_info.collect()
-    setup = f"{info['cpu']}, one thread, torch {info['torch']}, {info['compiler']}"
+    where = f"{info['cpu']}, one thread" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    setup = (
+        f"{where}, torch {info['torch']}, {info['compiler'] if device.type == 'cpu' else 'triton ' + info['triton']}"
+    )
     imitated = " ".join(
         f"{name}={os.environ[name]}" for name in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA") if name in os.environ
     )
     entries: dict[str, Any] = {}
     for dtype in dtypes:
         name = str(dtype).removeprefix("torch.")
-        family = dispatch.family(torch.device("cpu"), dtype)
+        family = dispatch.family(device, dtype)
         head = {
             "setup": f"{setup}; {imitated}" if imitated else setup,
             "date": info["date"],
@@ -161,8 +183,8 @@ def calibrate(dtypes: list[torch.dtype], rounds: int) -> dict[str, Any]:
         }
         entry = entries.setdefault(family, head)
         constants: dict[str, float] = {}
-        for what in grid():
-            found, errors = fit(what, dtype, rounds)
+        for what in grid(device):
+            found, errors = fit(what, dtype, rounds, device)
             constants.update({key: float(f"{value:.4g}") for key, value in found.items()})
             entry["fit"].setdefault(name, {})[what] = {key: round(value, 3) for key, value in errors.items()}
             print(f"{family:18s} {name:9s} {what:9s} off by {errors['median']:.0%} (median), predicted / measured "
@@ -195,6 +217,7 @@ def calibrate_shipped(out: Path, rounds: int) -> None:
             sys.executable,
             "-m",
             "benchmarks.calibrate_cost",
+            "--device=cpu",
             "--out",
             str(out),
             "--rounds",
@@ -214,6 +237,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--shipped", action="store_true", help=f"measure every family, into {SHIPPED.relative_to(ROOT)}"
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "float16"])
     args = parser.parse_args(argv)
@@ -223,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
         calibrate_shipped(args.out or SHIPPED, args.rounds)
         return
     with torch.no_grad():
-        merge(args.out, calibrate([getattr(torch, name) for name in args.dtypes], args.rounds))
+        merge(args.out, calibrate([getattr(torch, n) for n in args.dtypes], args.rounds, torch.device(args.device)))
     print(f"written; use it with BLADE_COST_TABLE={args.out}")
 
 

@@ -8,8 +8,18 @@ from pathlib import Path
 import pytest
 
 from benchmarks import tables
+from tests import conformance
 
+REQUIRED = ("conformance", "fuzz", "offline")
 FILES = sorted(path for path in tables.RESULTS.glob("*.json") if "fingerprint" in json.loads(path.read_text()))
+
+
+def test_all_tables_are_there() -> None:
+    assert {path.stem for path in FILES} == set(REQUIRED)
+
+
+def test_the_conformance_table_is_complete() -> None:
+    assert not conformance.check_current()
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -45,7 +45,7 @@ def test_fit_recovers_the_constants_that_made_the_times(what: str, monkeypatch: 
         return {"": timing.Timing((cost._compiled()[what](*values) * 1e-12,))}
 
     monkeypatch.setattr(timing, "paired", predicted)
-    monkeypatch.setattr(calibrate_cost, "call", lambda _, sizes, __: (lambda: None, sizes))
+    monkeypatch.setattr(calibrate_cost, "call", lambda _, sizes, *__: (lambda: None, sizes))
     found, errors = calibrate_cost.fit(what, torch.float32, rounds=1)
     assert errors["median"] < 1e-6
     for name, value in found.items():
