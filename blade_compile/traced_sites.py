@@ -143,10 +143,11 @@ def _parts(gm: fx.GraphModule) -> list[fx.GraphModule]:
 
 def _attention_like(graph: fx.Graph) -> set[str]:
     words = ("softmax", "attention", "attn", "transformer_encoder_layer")
+    by_hand = ("exp", "exp_", "exp2")
     names = {
         node: str(getattr(node.target, "__name__", node.target)) for node in graph.nodes if node.op.startswith("call")
     }
-    return {module_path(node) for node, name in names.items() if any(word in name for word in words)}
+    return {module_path(node) for node, name in names.items() if name in by_hand or any(word in name for word in words)}
 
 
 def _join(around: str, path: str) -> str:

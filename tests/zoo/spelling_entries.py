@@ -38,7 +38,7 @@ def _entry(spelling: Spelling) -> Entry:
         build=lambda: Spelled(spelling),  # in the mode that the spelling asks for
         inputs=inputs,
         family=FAMILY,
-        codes=(spelling.code,) if spelling.code is not None else (),
+        codes=tuple(code for code in (spelling.code or spelling.seen,) if code is not None),
     )
 
 
