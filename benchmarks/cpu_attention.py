@@ -62,7 +62,7 @@ def flex_call(p: Problem) -> Callable[[], Tensor]:
 
     zeros = torch.zeros_like(p.num), torch.zeros_like(p.idx)  # of their own: one tensor given twice breaks its template
     lengths = (p.q.shape[2], p.k.shape[2])
-    mask = BlockMask.from_kv_blocks(*zeros, p.num, p.idx, BLOCK_SIZE=BLOCK, seq_lengths=lengths)
+    mask = BlockMask.from_kv_blocks(*zeros, p.num, p.idx, BLOCK_SIZE=p.block, seq_lengths=lengths)
     compiled = torch.compile(flex_attention, dynamic=False)
     return lambda: compiled(p.q, p.k, p.v, block_mask=mask)
 

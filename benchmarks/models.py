@@ -7,7 +7,6 @@ are fewer. Every report says which one ran.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -242,9 +241,3 @@ MODELS = {
         ),
     )
 }  # fmt: skip
-
-
-@functools.cache
-def names() -> tuple[str, ...]:
-    """The models' names, in the order of the report."""
-    return tuple(MODELS)

@@ -16,9 +16,11 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from benchmarks.attention_gate import relative
+from benchmarks.demo import default_dtype
 from benchmarks.models import MODELS, Model
 from benchmarks.registry import Arm, Case, Plan, WrongResultError, suite
-from blade_compile.kernels import cpu_build, dispatch
+from blade_compile.kernels import dispatch
 
 QUICK = ("wan2.1-1.3b",)
 POLICIES: dict[str, dict[str, Any]] = {
@@ -35,15 +37,9 @@ def cases(plan: Plan) -> Iterator[Case]:
         yield model_case(MODELS[name], plan)
 
 
-def dtype_of(device: torch.device) -> torch.dtype:
-    """bf16, the format of the published weights, where the machine computes in it; else fp32."""
-    fast = device.type == "cuda" or cpu_build.loaded_isa() == "avx512_bf16"
-    return torch.bfloat16 if fast else torch.float32
-
-
 def model_case(model: Model, plan: Plan) -> Case:
     """Compiled dense first: it is the baseline."""
-    size, dtype = model.size(plan.device), dtype_of(plan.device)
+    size, dtype = model.size(plan.device), default_dtype(plan.device.type)
     about = {
         "model": model.name,
         "size": model.describe(size),
@@ -57,7 +53,7 @@ def model_case(model: Model, plan: Plan) -> Case:
 
 
 def _arms(model: Model, plan: Plan, policies: dict[str, dict[str, Any]]) -> list[Arm]:
-    size, dtype = model.size(plan.device), dtype_of(plan.device)
+    size, dtype = model.size(plan.device), default_dtype(plan.device.type)
     eager, inputs = model.build(size, dtype, plan.device), model.inputs(size, dtype, plan.device)
     outputs: dict[str, Tensor] = {}
 
@@ -90,7 +86,7 @@ def site_table(model: Model, plan: Plan) -> dict[str, Any]:
     """`explain` on the model under the first policy."""
     import blade_compile
 
-    size, dtype = model.size(plan.device), dtype_of(plan.device)
+    size, dtype = model.size(plan.device), default_dtype(plan.device.type)
     module, inputs = model.build(size, dtype, plan.device), model.inputs(size, dtype, plan.device)
     with torch.no_grad():
         options = next(iter(POLICIES.values()))
@@ -128,7 +124,7 @@ def _now(device: torch.device) -> float:
 
 def exact_output(model: Model, size: Any, plan: Plan) -> Tensor:
     """The step in fp32, eagerly, from the same weights as rounded for the other arms."""
-    dtype = dtype_of(plan.device)
+    dtype = default_dtype(plan.device.type)
     module: nn.Module = model.build(size, dtype, plan.device).float()
     inputs = {key: _to_float(value) for key, value in model.inputs(size, dtype, plan.device).items()}
     with torch.no_grad():
@@ -140,22 +136,17 @@ def _to_float(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def relative(out: Tensor, reference: Tensor) -> float:
-    """Relative L2 distance."""
-    return float((out.double() - reference.double()).norm() / reference.double().norm())
-
-
 def as_near(
     reference: Tensor, like: str | None, outputs: dict[str, Tensor], name: str = ""
 ) -> Callable[[Tensor], float]:
     """A check against fp32: at most twice the error of arm ``like``; without it, finite and no worse than rounding."""
 
     def check(out: Tensor) -> float:
-        error = relative(out, reference)
+        error = relative(out, reference.double())
         if name:
             outputs[name] = out.clone()
         eps = torch.finfo(out.dtype).eps
-        limit = 100 * eps if like is None else 2 * relative(outputs[like], reference) + eps
+        limit = 100 * eps if like is None else 2 * relative(outputs[like], reference.double()) + eps
         if not error <= limit:
             raise WrongResultError(f"error {error:.2e} against fp32, allowed {limit:.2e}")
         return error
@@ -169,6 +160,6 @@ def distance(outputs: dict[str, Tensor], name: str) -> Callable[[Tensor], float]
     def check(out: Tensor) -> float:
         if not out.isfinite().all():
             raise WrongResultError("the output is not finite")
-        return relative(out, outputs[name])
+        return relative(out, outputs[name].double())
 
     return check

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.attention_gate import Problem, backward_gate, exact_rows, forward_gate, relative
+from benchmarks.cpu_attention import flex_call
 from benchmarks.registry import Arm, Case, Plan, WrongResultError, suite
 from blade_compile.kernels import ops as _ops  # noqa: F401 (registers the operators)
 
@@ -143,17 +144,6 @@ def _distance(full: Problem) -> Callable[[Tensor], float]:
 def _problem(q: Tensor, k: Tensor, v: Tensor, sparsity: float, block: int) -> Problem:
     num, idx = torch.ops.blade.mask_predict(q, k, sparsity=sparsity, block_size=block)
     return Problem(q, k, v, num, idx, block)
-
-
-def flex_call(p: Problem) -> Callable[[], Tensor]:
-    """Compiled FlexAttention over the same blocks: all of them as full blocks, so that no mask function runs."""
-    from torch.nn.attention.flex_attention import BlockMask, flex_attention
-
-    zeros = torch.zeros_like(p.num), torch.zeros_like(p.idx)  # of their own: one tensor given twice breaks its template
-    lengths = (p.q.shape[2], p.k.shape[2])
-    mask = BlockMask.from_kv_blocks(*zeros, p.num, p.idx, BLOCK_SIZE=p.block, seq_lengths=lengths)
-    compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda: compiled(p.q, p.k, p.v, block_mask=mask)
 
 
 def gate(check: Callable[[Any], float]) -> Callable[[Any], float]:

@@ -38,7 +38,7 @@ def test_backward_case_checks_gradients() -> None:
             arm.check((grads[0] * 1.01, *grads[1:]))
 
 
-@pytest.mark.parametrize("name", models.names())
+@pytest.mark.parametrize("name", tuple(models.MODELS))
 def test_models_have_published_shapes_and_run_scaled(name: str) -> None:
     model = models.MODELS[name]
     expected = {
