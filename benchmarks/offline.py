@@ -33,7 +33,8 @@ from benchmarks.offline_compile import CHIPS, Chip, Launch, Row, compiled, recor
 from benchmarks.tables import ROOT, Table
 
 SOURCES = ["kernels/triton_*.py", "kernels/triton_configs.json", "benchmarks/offline*.py"]
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+# tf32: fp32 tensors whose matrices are multiplied by tensor cores, as torch.set_float32_matmul_precision("high") asks.
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "tf32": torch.float32}
 DIMS, BLOCKS = (32, 64, 128, 256), (64, 128)
 NO_SPILLS_ON = ("sm_80", "sm_89", "sm_90")
 
@@ -56,7 +57,7 @@ class Case:
 
 def cases() -> Iterator[Case]:
     """Everything that is shipped: tiles depend on the dtype's width, and fp16 is compiled where a budget names it."""
-    width = ("bfloat16", "float32")
+    width = ("bfloat16", "float32", "tf32")
     wanted = {
         "forward": (DTYPES, BLOCKS),
         "forward, key mask": (("bfloat16",), BLOCKS),
@@ -147,9 +148,19 @@ def _as_if_on(chip: Chip) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _precision(dtype: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def launches(c: Case) -> list[Launch]:
     """What a launcher launches for a case, as if the chip were there."""
-    with _as_if_on(CHIPS[c.chip]), recorded() as found:
+    with _as_if_on(CHIPS[c.chip]), _precision(c.dtype), recorded() as found:
         LAUNCHERS[c.kind](c)
     return found
 
@@ -177,7 +188,7 @@ def broken_budgets(c: Case, row: Row, tile: dict[str, int]) -> list[str]:
     broken = []
     if row["shared"] > CHIPS[c.chip].shared:
         broken.append(f"{row['shared']} bytes of shared memory, {CHIPS[c.chip].shared} are there")
-    if c.kind.startswith("forward") and c.dtype != "float32":
+    if c.kind.startswith("forward") and c.dtype in ("float16", "bfloat16"):
         spills = row["spill_stores"] + row["spill_loads"]
         if c.chip in NO_SPILLS_ON and spills:
             broken.append(f"{spills} spills")

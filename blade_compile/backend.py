@@ -6,6 +6,7 @@ different options live side by side.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -14,8 +15,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from . import carriers
 from .config import BladeConfig, nearest
 from .errors import BladeOptionError
+from .kernels import accelerator
+from .passes.decide import CalibrationMismatchError
 
 logger = logging.getLogger("blade_compile")
 
@@ -41,15 +45,35 @@ def blade(
     from torch._inductor.compile_fx import compile_fx
 
     config, inductor = split_options(mode, options)
+    if inductor.get("max_autotune"):
+        accelerator.search_tiles()
     _mark(gm)
     # config_patches, not a context manager: the backward graph compiles later and must see the same options.
-    compiled: Any = compile_fx(gm, example_inputs, config_patches=inductor_options(config, inductor))
+    compile_graph: Any = functools.partial(compile_fx, config_patches=inductor_options(config, inductor))
+    if _switched_off():
+        return compile_graph(gm, example_inputs)  # type: ignore[no-any-return]
+    try:
+        compiled: Any = carriers.carry(
+            gm,
+            example_inputs,
+            compile_graph,
+            policy=config.policy,
+            schedule=config.schedule,
+            identity=config,
+            cuda_graphs=bool(inductor.get("triton.cudagraphs")),
+        )
+    except CalibrationMismatchError as error:
+        raise BladeOptionError(str(error)) from None
     return compiled  # type: ignore[no-any-return]
+
+
+def _switched_off() -> bool:
+    return os.environ.get("BLADE_DISABLE") == "1"
 
 
 def _mark(gm: fx.GraphModule) -> None:
     """Note what only the whole graph shows: Inductor hands its passes the sub-graphs first, one by one."""
-    if os.environ.get("BLADE_DISABLE") == "1":
+    if _switched_off():
         return
     try:
         from .passes.find_attention import mark_custom_autograd
@@ -112,7 +136,7 @@ def inductor_options(
     For example ``aoti_compile_and_package(exported, inductor_configs=inductor_options({"sparsity": 0.8}))``.
     """
     config, patches = BladeConfig.of(config), dict(inductor or {})
-    if os.environ.get("BLADE_DISABLE") == "1":
+    if _switched_off():
         return patches
     try:
         from .passes import pipeline

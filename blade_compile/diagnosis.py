@@ -9,12 +9,11 @@ cache all give the same report; and neither leaves a trace (undisturbed.py, priv
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -23,11 +22,12 @@ from .backend import split_options
 from .config import BladeConfig
 from .eager_calls import Call, attention_calls
 from .passes.decide import Settings
-from .private_compile import PrivateCompile, fresh_dynamo, replaced
+from .private_compile import fresh_dynamo
 from .regions import Region, find_regions, module_paths, unwrap
 from .report import RUN_CODES, Report, Site
 from .settings import settings_of
-from .traced_sites import ProbeBackend, SiteLog
+from .site_runs import installed
+from .traced_sites import SiteLog
 from .undisturbed import undisturbed
 
 logger = logging.getLogger("blade_compile")
@@ -143,7 +143,7 @@ def _traced(
     for fullgraph in (True, False) if strict else (False,):
         log = SiteLog(paths, measure)
         try:
-            with fresh_dynamo() as counters, _installed(root, regions, settings, log, fullgraph) as run:
+            with fresh_dynamo() as counters, installed(root, regions, settings, log, fullgraph) as run:
                 run(*inputs[0], **inputs[1])
                 return log, [_first_line(reason) for reason in counters["graph_break"]]
         except Exception as error:  # any compiler error; the model's own were raised by the eager run
@@ -157,31 +157,6 @@ def _traced(
 def _first_line(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[0][:200] if lines else "no reason given"
-
-
-@contextlib.contextmanager
-def _installed(
-    root: nn.Module, regions: list[Region], settings: list[Settings], log: SiteLog, fullgraph: bool
-) -> Iterator[Callable[..., Any]]:
-    """What to call so that every region runs as compiled by a private backend; all is put back at exit."""
-    private: dict[Any, PrivateCompile] = {}
-    entry: Callable[..., Any] = root
-    with contextlib.ExitStack() as stack:
-        for region, options in zip(regions, settings, strict=True):
-            if region.inside:
-                if region.attributes is not None:
-                    stack.enter_context(replaced(region.attributes, region.key, region.plain))
-                continue
-            key = (options, region.fullgraph and fullgraph, region.dynamic)
-            if key not in private:
-                private[key] = PrivateCompile(ProbeBackend(options, log), fullgraph=key[1], dynamic=key[2])
-                stack.callback(private[key].forget)
-            call = stack.enter_context(private[key].compiled(region))
-            if region.attributes is None:
-                entry = call
-            else:
-                stack.enter_context(replaced(region.attributes, region.key, call))
-        yield entry
 
 
 # --- what the graphs did not hold -------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,10 @@ import torch
 from torch import Tensor
 
 from .config import BladeConfig
-from .kernels import checks, lists, ops  # noqa: F401 (ops registers the operators)
+from .kernels import checks, lists, ops, policies  # noqa: F401 (ops registers the operators)
+from .kernels.policies import register as register_policy
+
+__all__ = ["block_sparse_attention", "mask_predict", "register_policy", "sparse_attention"]
 
 
 def sparse_attention(
@@ -42,9 +46,11 @@ def sparse_attention(
     if cfg.policy == "dense" or cfg.when == "never":
         return _dense(q, k, v, key_mask, scale)
     protect_q, protect_k = _protected(cfg, q.shape[2]), _protected(cfg, k.shape[2])
-    chosen = (cfg.sparsity, cfg.tau, cfg.min_keep, cfg.max_keep, cfg.block, cfg.probe_tokens, cfg.seed)
+    grid = _grid(cfg, q.shape[2], protect_q, ordering=True)
+    chosen = (cfg.budget, cfg.mass, cfg.min_keep, cfg.max_keep, cfg.block, cfg.probe_tokens, cfg.seed)
+    how = {"options": cfg.policy_options, "grid": grid, "order": cfg.inner_order}
     return torch.ops.blade.sparse_sdpa.default(  # type: ignore[no-any-return]
-        q, k, v, key_mask, scale, protect_q, protect_k, cfg.policy, *chosen, cfg.when, cfg.min_tokens
+        q, k, v, key_mask, scale, protect_q, protect_k, cfg.policy, *chosen, cfg.when, cfg.min_tokens, **how
     )
 
 
@@ -68,9 +74,11 @@ def mask_predict(
         nQ, nK = -(-q.shape[2] // cfg.block), -(-k.shape[2] // cfg.block)
         return lists.full_lists(q.shape[0], q.shape[1], nQ, nK, q.device)
     protect_q, protect_k = _protected(cfg, q.shape[2]), _protected(cfg, k.shape[2])
-    chosen = (cfg.sparsity, cfg.tau, cfg.min_keep, cfg.max_keep, cfg.block, cfg.probe_tokens, cfg.seed)
+    grid = _grid(cfg, k.shape[2], protect_k, ordering=False)
+    chosen = (cfg.budget, cfg.mass, cfg.min_keep, cfg.max_keep, cfg.block, cfg.probe_tokens, cfg.seed)
+    how = {"policy": cfg.policy, "options": cfg.policy_options, "grid": grid}
     return torch.ops.blade.mask_predict.default(  # type: ignore[no-any-return]
-        q.detach(), k.detach(), key_mask, scale, protect_q, protect_k, *chosen, "always"
+        q.detach(), k.detach(), key_mask, scale, protect_q, protect_k, *chosen, "always", **how
     )
 
 
@@ -141,6 +149,23 @@ def _protected(cfg: BladeConfig, num_tokens: int) -> list[int]:
                 f"protect range ({start}, {length}) doesn't lie inside the {num_tokens} tokens; shorten or move it."
             )
     return [number for item in cfg.protect for number in item]
+
+
+def _grid(cfg: BladeConfig, num_tokens: int, protect: list[int], *, ordering: bool) -> tuple[int, ...]:
+    """The configured grid, which has to hold the tokens that are not protected; empty where nothing asks for one."""
+    needed = policies.needs_grid(cfg.policy) or (ordering and cfg.inner_order != "none")
+    if cfg.grid is None:
+        if needed:
+            what = f"policy={cfg.policy!r}" if policies.needs_grid(cfg.policy) else f"order={cfg.order!r}"
+            raise ValueError(f"{what} needs the token grid, and a direct call has no graph to find it in; set grid.")
+        return ()
+    free = num_tokens - sum(length for _, length in lists.spans(protect, num_tokens))
+    if math.prod(cfg.grid) != free:
+        raise ValueError(
+            f"grid={cfg.grid} holds {math.prod(cfg.grid)} tokens and {free} of the {num_tokens} tokens are not "
+            "protected; correct grid or protect."
+        )
+    return cfg.grid if needed else ()
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float | None) -> Tensor:

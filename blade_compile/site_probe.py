@@ -52,8 +52,8 @@ def observe_call(
     """
     with observe.record() as events:
         out = op(*args, **kwargs)
-    event = next(e for e in reversed(events) if e.op == "block_sparse_attention")
-    q, k, v = (x.detach() for x in event.inputs)
+    event = next(e for e in reversed(events) if e.op in observe.ATTENTIONS)
+    q, k = (x.detach() for x in event.inputs[:2])
     dense = event.path == "sdpa"
     seen = Observation(
         shape=(*q.shape[:3], k.shape[2], q.shape[3]),
@@ -65,13 +65,13 @@ def observe_call(
     if first and not dense:
         mask, scale = (args[i] if len(args) > i else kwargs.get(name) for i, name in ((3, "key_mask"), (4, "scale")))
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-            seen.recall = recall(
-                q, k, event.kv_num_blocks, event.kv_indices, event.block_size, key_mask=mask, scale=scale
-            )
+            lists_of = (event.kv_num_blocks, event.kv_indices)
+            seen.recall = recall(q, k, *lists_of, event.block_size, key_mask=event.key_mask, scale=scale)
             if measure:
-                timed = lambda: op(q, k, v, *args[3:], **kwargs)  # noqa: E731
+                dq, dk, dv = (x.detach() for x in args[:3])
+                timed = lambda: op(dq, dk, dv, *args[3:], **kwargs)  # noqa: E731
                 seen.measured_dense, seen.measured_sparse = paired_times(
-                    dense_sdpa(q, k, v, mask, scale), timed, q.device
+                    dense_sdpa(dq, dk, dv, mask, scale), timed, q.device
                 )
     return out, seen
 

@@ -19,6 +19,9 @@ from .passes.pipeline import SparseAttentionPass
 from .report import Range, Site
 from .site_probe import Observation, observe_call, predicted
 
+Handler = Callable[[str, Callable[..., Tensor], tuple[Any, ...], dict[str, Any]], Tensor]
+"""Computes a site's attention instead of its operator: site, operator, arguments, keyword arguments -> output"""
+
 _DENSE_BY_CHOICE = {"disabled", "never", "policy", "excluded", "too-short", "no-gain"}
 
 
@@ -31,6 +34,8 @@ class SiteLog:
     measure: bool = False
     failed: str = ""
     "why there was no run, where there was none"
+    handler: Handler | None = None
+    "computes the sites' attention; None: the operators do, and rows are filled"
     sites: dict[tuple[int, str, str], Site] = field(default_factory=dict)
     "by graph, module in which the graph ran, and name within the graph"
     unreadable: set[str] = field(default_factory=set)
@@ -111,6 +116,8 @@ class ProbedGraph:
 
     def _listener(self, site: AttentionSite, op: Any) -> Callable[..., Tensor]:
         def blade_site(*args: Any, **kwargs: Any) -> Tensor:
+            if self.log.handler is not None:
+                return self.log.handler(_join(self.around, site.name), op, args, kwargs)
             row = self._row(site)
             try:
                 out, seen = observe_call(op, args, kwargs, first=row.ran is None, measure=self.log.measure)

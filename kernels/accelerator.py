@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from . import aten, checks
+from . import aten, checks, global_blocks, reference
 
 logger = logging.getLogger("blade_compile")
 
@@ -32,6 +32,14 @@ def family(device: torch.device, dtype: torch.dtype) -> str:
     """The cost table's entry for what runs a call on the device."""
     chip = _chip(device) if dtype in DTYPES else None
     return "accelerator-aten" if chip is None or _launchers() is None else chip
+
+
+def search_tiles() -> None:
+    """``max-autotune``: from now on the first launch of each kernel class tries more tiles than the table's."""
+    if torch.cuda.is_available() and _launchers() is not None:
+        from . import triton_configs
+
+        triton_configs.search_from_now_on()
 
 
 def runs_triton(q: Tensor, block_size: int) -> bool:
@@ -60,12 +68,48 @@ def select(
     return *_run(q, block_size, with_triton, lambda: aten.select(q, k, bias, scale, *probe, *how)), path(q, block_size)
 
 
+def probe_map(
+    q: Tensor, k: Tensor, bias: Tensor | None, scale: float, block_size: int, probe_tokens: int, seed: int
+) -> Tensor:
+    """The map of sampled tokens, [B, H, nQ, nK]; see `reference.probe_map`."""
+    call = (q, k, bias, scale, block_size, probe_tokens, seed)
+    return _run(q, block_size, lambda: _use().probe_map(*call), lambda: aten.probe_map(*call))
+
+
+def select_blocks(block_map: Tensor, *how: Any) -> tuple[Tensor, Tensor]:
+    """`reference.select_blocks` of a map that a policy made."""
+    if _broken or _chip(block_map.device) is None or _launchers() is None:
+        return reference.select_blocks(block_map, *how)
+    return _or_aten(lambda: _use().select(block_map, *how), lambda: reference.select_blocks(block_map, *how))
+
+
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, num: Tensor, idx: Tensor, bias: Tensor | None, scale: float, block_size: int
 ) -> tuple[Tensor, Tensor, str]:
     """Out in the flash layout, LSE, and what ran."""
     call = (q, k, v, num, idx, bias, scale, block_size)
     found = _run(q, block_size, lambda: _use().attention_forward(*call), lambda: aten.attention_forward(*call))
+    return *found, path(q, block_size)
+
+
+def global_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    num: Tensor,
+    idx: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    block_size: int,
+    tokens: global_blocks.GlobalTokens,
+) -> tuple[Tensor, Tensor, str]:
+    """`attention_forward` with global tokens in the same softmax."""
+    call = (q, k, v, num, idx, bias, scale, block_size)
+
+    def with_triton() -> tuple[Tensor, Tensor]:
+        return _use().attention_forward(*call, **tokens.named())  # type: ignore[no-any-return]
+
+    found = _run(q, block_size, with_triton, lambda: global_blocks.forward(aten.attention_forward, *call, tokens))
     return *found, path(q, block_size)
 
 
@@ -98,16 +142,43 @@ def attention_backward(
     return _run(q, block_size, lambda: _use().attention_backward(*call), lambda: aten.attention_backward(*call))
 
 
+def global_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    num: Tensor,
+    idx: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    block_size: int,
+    tokens: global_blocks.GlobalTokens,
+) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v and of the global keys and values."""
+    call = (grad_out, grad_lse, q, k, v, out, lse, num, idx, bias, scale, block_size)
+
+    def with_triton() -> tuple[Tensor, ...]:
+        return _use().attention_backward(*call, **tokens.named())  # type: ignore[no-any-return]
+
+    return _run(q, block_size, with_triton, lambda: global_blocks.backward(aten.attention_backward, *call, tokens))
+
+
 def path(q: Tensor, block_size: int) -> str:
     """What the report calls the implementation of a call."""
     return "triton" if runs_triton(q, block_size) else "aten"
 
 
 def _run(q: Tensor, block_size: int, with_triton: Callable[[], Result], with_aten: Callable[[], Result]) -> Result:
-    """One of the two. A Triton that has never launched anything and fails is broken: ATen runs from then on."""
+    """One of the two."""
+    return _or_aten(with_triton, with_aten) if runs_triton(q, block_size) else with_aten()
+
+
+def _or_aten(with_triton: Callable[[], Result], with_aten: Callable[[], Result]) -> Result:
+    """A Triton that has never launched anything and fails is broken: ATen runs from then on."""
     global _launched, _broken
-    if not runs_triton(q, block_size):
-        return with_aten()
     try:
         result = with_triton()
     except (ValueError, torch.OutOfMemoryError):

@@ -100,16 +100,18 @@ def select(
     parts = []
     for b in range(q.shape[0]):
         mask = bias if bias is None or bias.shape[0] == 1 else bias[b : b + 1]
-        sample, keys = q[b : b + 1], k[b : b + 1]
-        block_map = torch.cat(
-            [
-                reference.probe_map(sample, keys, mask, scale, block_size, probe_tokens, seed, strip)
-                for strip in _strips(q, k, block_size, probe_tokens)
-            ],
-            dim=2,
-        )
+        block_map = probe_map(q[b : b + 1], k[b : b + 1], mask, scale, block_size, probe_tokens, seed)
         parts.append(reference.select_blocks(block_map, sparsity, tau, min_keep, max_keep, force_q, force_k))
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+def probe_map(
+    q: Tensor, k: Tensor, bias: Tensor | None, scale: float, block_size: int, probe_tokens: int, seed: int
+) -> Tensor:
+    """`reference.probe_map` in strips of query blocks."""
+    strips = _strips(q, k, block_size, probe_tokens)
+    parts = [reference.probe_map(q, k, bias, scale, block_size, probe_tokens, seed, strip) for strip in strips]
+    return torch.cat(parts, dim=2)
 
 
 def _strips(q: Tensor, k: Tensor, block_size: int, probe_tokens: int) -> Iterator[slice]:

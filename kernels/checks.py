@@ -99,8 +99,13 @@ def _place(where: tuple[int, int, int]) -> str:
     return "batch {}, head {}, query block {}".format(*where)
 
 
-def entries(kv_num_blocks: Tensor, kv_indices: Tensor, num_keys: int, block_size: int) -> None:
-    """Raise ValueError where a count or a listed block is out of range. Reads the lists: waits for a device."""
+def entries(
+    kv_num_blocks: Tensor, kv_indices: Tensor, num_keys: int, block_size: int, *, duplicates: bool = False
+) -> None:
+    """Raise ValueError where a count or a listed block is out of range. Reads the lists: waits for a device.
+
+    ``duplicates``: also where a row lists a block twice, which a softmax would count twice.
+    """
     capacity = kv_indices.shape[-1]
     wrong = (kv_num_blocks < 0) | (kv_num_blocks > capacity)
     if wrong.any():
@@ -111,3 +116,17 @@ def entries(kv_num_blocks: Tensor, kv_indices: Tensor, num_keys: int, block_size
     if wrong.any():
         b, h, row, entry = wrong.nonzero()[0].tolist()
         raise bad_index(int(kv_indices[b, h, row, entry]), (b, h, row), num_keys, block_size)
+    if duplicates:
+        _no_duplicates(kv_indices, used)
+
+
+def _no_duplicates(kv_indices: Tensor, used: Tensor) -> None:
+    distinct = -1 - torch.arange(kv_indices.shape[-1], device=kv_indices.device)  # past the count: nothing's equal
+    ordered = torch.where(used, kv_indices.long(), distinct).sort(-1).values
+    twice = ordered[..., 1:] == ordered[..., :-1]
+    if twice.any():
+        b, h, row, entry = twice.nonzero()[0].tolist()
+        raise ValueError(
+            f"kv_indices lists block {int(ordered[b, h, row, entry])} twice at {_place((b, h, row))}; "
+            "each key block may be listed once."
+        )

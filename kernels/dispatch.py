@@ -5,6 +5,8 @@ Deciding inside the operators means that no size is guarded in the compiled grap
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 import threading
 from dataclasses import dataclass
@@ -13,13 +15,51 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import accelerator, aten, checks, cost, cpu, cpu_build, cpu_probe, dense, density, lists, reference
+from . import (
+    accelerator,
+    aten,
+    checks,
+    cost,
+    cpu,
+    cpu_build,
+    cpu_probe,
+    dense,
+    density,
+    lists,
+    policies,
+    policy_adaspa,
+    reference,
+    selection,
+)
+
+logger = logging.getLogger("blade_compile")
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Lists on an accelerator that keep everything and were predicted to run as SDPA: (device, address of kv_num_blocks).
 _dense_lists: set[tuple[torch.device, int]] = set()
 _dense_lists_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Rule:
+    """By what blocks are ranked: a policy of ``policies.py`` and what it needs to know."""
+
+    policy: str = "asa"
+    options: str = ""
+    "the policy's own options as JSON"
+    head_sparsity: tuple[float, ...] = ()
+    "a budget for each head; empty: the same for all"
+    grid: tuple[int, ...] = ()
+    "(T, H, W) of the tokens that are not protected; empty: unknown"
+    order: str = "none"
+    "the order that the tokens are in"
+
+    @property
+    def is_plain_asa(self) -> bool:
+        """Whether sampled tokens rank the blocks and every head has the same budget: one fused kernel does that."""
+        sampled = policies.options_of(self.options).get("probe", "sample") == "sample"
+        return self.policy in ("asa", "asa_g") and sampled and not self.head_sparsity
 
 
 @dataclass(frozen=True)
@@ -33,6 +73,7 @@ class Selection:
     block_size: int
     probe_tokens: int
     seed: int
+    rule: Rule = Rule()
 
 
 def family(device: torch.device, dtype: torch.dtype) -> str:
@@ -63,16 +104,25 @@ def decide(q: Tensor, k: Tensor, block_size: int, probe_tokens: int, kept: float
     return cost.choose(family(q.device, q.dtype), dtype, (B, H, S, T, D, block_size), probe_tokens, kept)
 
 
+def keeps_all(sparsity: float | None, tau: float, max_keep: float) -> bool:
+    """Whether the settings keep every block, whatever the scores."""
+    return sparsity == 0 or (sparsity is None and tau >= 1 and max_keep >= 1)
+
+
 def _expected_density(
     q: Tensor, k: Tensor, sel: Selection, protect_q: list[int], protect_k: list[int], site: str
 ) -> float:
     nK = -(-k.shape[2] // sel.block_size)
-    if sel.sparsity is not None:
+    if sel.rule.head_sparsity:
+        share = 1 - sum(sel.rule.head_sparsity) / len(sel.rule.head_sparsity)
+    elif sel.sparsity is not None:
         share = reference.keep_count(1 - sel.sparsity, nK) / nK
     elif q.device.type == "cpu":
         share = reference.keep_count(sel.min_keep, nK) / nK  # optimistic: the CPU decides again once it has counted
     else:
         return density.expected(site, q.device)
+    if sel.rule.policy == "asa_g":
+        share += 1 / policies.global_window(sel.rule.options)
     rows = _forced_share(protect_q, q.shape[2], sel.block_size)
     columns = _forced_share(protect_k, k.shape[2], sel.block_size)
     return rows + (1 - rows) * min(1.0, share + columns)
@@ -105,7 +155,7 @@ def predict(
     # Lists are small: forced blocks are found on the host and sent along.
     forced_q = lists.forced_blocks(protect_q, S, sel.block_size, q.device)
     forced_k = lists.forced_blocks(protect_k, T, sel.block_size, q.device)
-    keep_all = sel.sparsity == 0 or (sel.sparsity is None and sel.tau >= 1 and sel.max_keep >= 1)
+    keep_all = keeps_all(sel.sparsity, sel.tau, sel.max_keep) or _misses_its_grid(sel.rule, T, protect_k, site)
     if auto:
         kept = 1.0 if keep_all else _expected_density(q, k, sel, protect_q, protect_k, site)
         choice = "sdpa" if min_tokens > T else decide(q, k, sel.block_size, sel.probe_tokens, kept)
@@ -115,7 +165,10 @@ def predict(
         _remember(num, dense=auto and choice == "sdpa")
         return num, idx, "full"
     bias = key_bias(key_mask, q.dtype)
-    num, idx, path = _select(q, k, bias, scale, sel, forced_q, forced_k)
+    if sel.rule.is_plain_asa:
+        num, idx, path = _select(q, k, bias, scale, sel, forced_q, forced_k)
+    else:
+        num, idx, path = _select_by_policy(q, k, bias, scale, sel, protect_k, forced_q, forced_k)
     _remember(num, dense=False)
     if auto and sel.sparsity is None:
         if q.device.type == "cpu":
@@ -125,6 +178,26 @@ def predict(
         else:
             density.report(site, num, nK)
     return num, idx, path
+
+
+def _misses_its_grid(rule: Rule, num_tokens: int, protect: list[int], site: str) -> bool:
+    """Whether a compiled site has met a resolution that its policy's grid doesn't fit: it keeps every block there."""
+    if not site or not policies.needs_grid(rule.policy):
+        return False
+    free = num_tokens - sum(length for _, length in lists.spans(protect, num_tokens))
+    if math.prod(rule.grid) == free:
+        return False
+    _warn_once(
+        f"policy {rule.policy!r} was compiled for the grid {rule.grid}, but attention here runs over {free} tokens: "
+        "every block is kept."
+    )
+    return True
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    """One warning per distinct message and process."""
+    logger.warning("%s", message)
 
 
 def _select(
@@ -147,6 +220,38 @@ def _select(
     if q.device.type != "cpu":
         return accelerator.select(q, k, bias, scale, *probe, *chosen)
     return *aten.select(q, k, bias, scale, *probe, *chosen), "aten"
+
+
+def _select_by_policy(
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    sel: Selection,
+    protect_k: list[int],
+    forced_q: Tensor | None,
+    forced_k: Tensor | None,
+) -> tuple[Tensor, Tensor, str]:
+    rule = sel.rule
+    request = policies.Request(
+        q=q,
+        k=k,
+        bias=bias,
+        scale=scale,
+        block_size=sel.block_size,
+        probe_tokens=sel.probe_tokens,
+        seed=sel.seed,
+        grid=tuple(rule.grid) or None,  # type: ignore[arg-type]
+        order=rule.order,
+        protect=lists.spans(protect_k, k.shape[2]),
+        options=policies.options_of(rule.options),
+    )
+    block_map = policies.get(rule.policy).block_map(request)
+    chosen = (sel.sparsity, sel.tau, sel.min_keep, sel.max_keep, forced_q, forced_k, rule.head_sparsity)
+    if rule.policy == "adaspa":
+        adaptive = request.options.get("head_adaptive", True)
+        return *policy_adaspa.select(block_map, *chosen, head_adaptive=adaptive), rule.policy
+    return *selection.select(block_map, *chosen), rule.policy
 
 
 _positions: dict[tuple[int, int, int, int, int, str], Tensor] = {}

@@ -6,6 +6,8 @@ of a row name the key blocks that the query block attends to, in any order; late
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -26,17 +28,30 @@ def full_lists(B: int, H: int, nQ: int, nK: int, device: torch.device) -> tuple[
     return num, torch.arange(nK, dtype=torch.int32, device=device).expand(B, H, nQ, nK).contiguous()
 
 
-def forced_blocks(ranges: list[int], num_tokens: int, block_size: int, device: torch.device) -> Tensor | None:
-    """Blocks that hold a token of the flat (start, length, start, length, ...) ranges: bool [nB], None for no token.
+def spans(ranges: Sequence[int], num_tokens: int) -> tuple[tuple[int, int], ...]:
+    """Flat (start, length, start, length, ...) ranges as ascending, disjoint (start, length) pairs within the tokens.
 
     A negative start counts from the end; what lies outside the tokens is cut off.
     """
     begins = [start if start >= 0 else start + num_tokens for start in ranges[::2]]
-    spans = [(max(s, 0), min(s + n, num_tokens) - max(s, 0)) for s, n in zip(begins, ranges[1::2], strict=True)]
-    spans = [(s, n) for s, n in spans if n > 0]
-    if not spans:
+    cut = sorted((max(s, 0), min(s + n, num_tokens)) for s, n in zip(begins, ranges[1::2], strict=True))
+    merged: list[tuple[int, int]] = []
+    for start, end in cut:
+        if end <= start:
+            continue
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return tuple((start, end - start) for start, end in merged)
+
+
+def forced_blocks(ranges: Sequence[int], num_tokens: int, block_size: int, device: torch.device) -> Tensor | None:
+    """Blocks that hold a token of the flat ranges (see `spans`): bool [nB], None for no token."""
+    found = spans(ranges, num_tokens)
+    if not found:
         return None
     forced = torch.zeros(-(-num_tokens // block_size), dtype=torch.bool, device=device)
-    for start, length in spans:
+    for start, length in found:
         forced[start // block_size : (start + length - 1) // block_size + 1] = True
     return forced

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+ATTENTIONS = ("block_sparse_attention", "global_sparse_attention")
+"""Operators that attend over block lists"""
+
 
 @dataclass(frozen=True)
 class Event:
@@ -28,6 +31,8 @@ class Event:
     kv_num_blocks: Tensor
     kv_indices: Tensor
     block_size: int
+    key_mask: Tensor | None = None
+    "in the order of the keys"
 
     @property
     def density(self) -> float:

@@ -1,53 +1,46 @@
-"""The operators of the ``blade`` namespace: schemas, fake kernels, autograd, autocast. The only registration.
+"""The central operators of the ``blade`` namespace: schemas, fake kernels, autograd, autocast.
 
     blade::sparse_sdpa                      composite; one node before autograd, what the passes insert
     blade::mask_predict                     q, k -> block lists (no gradient)
     blade::block_sparse_attention           q, k, v, lists -> out, LSE (differentiable)
     blade::block_sparse_attention_backward  their gradients
 
-``torch.library.Library`` is used rather than ``custom_op``: a third of the overhead per call. All outputs have sizes
-that follow from the inputs' sizes, so that no graph breaks and CUDA graphs can capture them.
+Importing this file registers all operators, those of ``ops_*.py`` too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
-from torch.library import Library
 
-from . import checks, compat, dispatch, observe
+from . import checks, compat, dispatch, global_tokens, observe, ops_order, policies
+from .library import POLICY, SELECTION, TAGS, library
 
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
-_SELECTION = (
-    "float? sparsity=None, float tau=0.95, float min_keep=0.05, float max_keep=1.0, int block_size=128, "
-    "int probe_tokens=16, int seed=0, str when='always', int min_tokens=2048, str site=''"
-)
-
-library = Library("blade", "DEF")
 library.define(
     "mask_predict(Tensor q, Tensor k, Tensor? key_mask=None, float? scale=None, SymInt[] protect_q=[], "
-    f"SymInt[] protect_k=[], {_SELECTION}) -> (Tensor kv_num_blocks, Tensor kv_indices)",
-    tags=_TAGS,
+    f"SymInt[] protect_k=[], {SELECTION}, str policy='asa', {POLICY}) -> (Tensor kv_num_blocks, Tensor kv_indices)",
+    tags=TAGS,
 )
 library.define(
     "block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor kv_num_blocks, Tensor kv_indices, "
     "Tensor? key_mask=None, float? scale=None, int block_size=128, str when='always', str site='') "
     "-> (Tensor out, Tensor lse)",
-    tags=_TAGS,
+    tags=TAGS,
 )
 library.define(
     "block_sparse_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
     "Tensor lse, Tensor kv_num_blocks, Tensor kv_indices, Tensor? key_mask=None, float? scale=None, "
     "int block_size=128, str site='') -> (Tensor dq, Tensor dk, Tensor dv)",
-    tags=_TAGS,
+    tags=TAGS,
 )
 library.define(
     "sparse_sdpa(Tensor q, Tensor k, Tensor v, Tensor? key_mask=None, float? scale=None, SymInt[] protect_q=[], "
-    f"SymInt[] protect_k=[], str policy='asa', {_SELECTION}) -> Tensor",
+    f"SymInt[] protect_k=[], str policy='asa', {SELECTION}, {POLICY}, str schedule='', Tensor? clock=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -76,9 +69,16 @@ def _mask_predict(
     when: str = "always",
     min_tokens: int = 2048,
     site: str = "",
+    policy: str = "asa",
+    options: str = "",
+    head_sparsity: Sequence[float] = (),
+    grid: Sequence[int] = (),
+    order: str = "none",
 ) -> tuple[Tensor, Tensor]:
     checks.attention(q, k, None, key_mask, block_size)
-    sel = dispatch.Selection(sparsity, tau, min_keep, max_keep, block_size, probe_tokens, seed)
+    # AOTInductor hands over empty lists as None.
+    rule = dispatch.Rule(policy, options, tuple(head_sparsity or ()), tuple(grid or ()), order)
+    sel = dispatch.Selection(sparsity, tau, min_keep, max_keep, block_size, probe_tokens, seed, rule)
     num, idx, path = dispatch.predict(
         q,
         k,
@@ -114,8 +114,10 @@ def _block_sparse_attention(
         q, k, v, kv_num_blocks, kv_indices, key_mask, _scale(scale, q), block_size, auto=when == "auto"
     )
     if observe.listening():
-        event = observe.Event("block_sparse_attention", site, path, (q, k, v), kv_num_blocks, kv_indices, block_size)
-        observe.notify(event)
+        lists = (kv_num_blocks, kv_indices)
+        observe.notify(
+            observe.Event("block_sparse_attention", site, path, (q, k, v), *lists, block_size, key_mask=key_mask)
+        )
     return out, lse
 
 
@@ -301,28 +303,37 @@ def _sparse_sdpa(
     when: str = "always",
     min_tokens: int = 2048,
     site: str = "",
+    options: str = "",
+    head_sparsity: Sequence[float] = (),
+    grid: Sequence[int] = (),
+    order: str = "none",
+    schedule: str = "",
+    clock: Tensor | None = None,
 ) -> Tensor:
-    num, idx = torch.ops.blade.mask_predict.default(
-        q.detach(),
-        k.detach(),
-        None if key_mask is None else key_mask.detach(),
-        scale,
-        protect_q or [],
-        protect_k or [],
-        sparsity,
-        tau,
-        min_keep,
-        max_keep,
-        block_size,
-        probe_tokens,
-        seed,
-        when,
-        min_tokens,
-        site,
-    )
-    return torch.ops.blade.block_sparse_attention.default(  # type: ignore[no-any-return]
-        q, k, v, num, idx, key_mask, scale, block_size, when, site
-    )[0]
+    protect_q, protect_k = protect_q or [], protect_k or []
+    q, k, v, key_mask, inverse = ops_order.reordered(q, k, v, key_mask, grid, order, block_size, protect_q, protect_k)
+    selection = (sparsity, tau, min_keep, max_keep, block_size, probe_tokens, seed, when, min_tokens, site)
+    how = {"options": options, "head_sparsity": head_sparsity, "grid": grid, "order": order}
+    if clock is not None and not _differentiates(q, k, v):
+        out = torch.ops.blade.carried_attention.default(
+            q, k, v, clock, key_mask, scale, protect_q, protect_k, policy, *selection, **how, schedule=schedule
+        )
+    else:
+        hidden = None if key_mask is None else key_mask.detach()
+        num, idx = torch.ops.blade.mask_predict.default(
+            q.detach(), k.detach(), hidden, scale, protect_q, protect_k, *selection, policy=policy, **how
+        )
+        if policy == "asa_g" and not dispatch.keeps_all(sparsity, tau, max_keep):
+            window = policies.global_window(options)
+            pooled = global_tokens.pooled(k, v, key_mask, window, protect_k)
+            out = torch.ops.blade.global_sparse_attention.default(
+                q, k, v, num, idx, *pooled, key_mask, scale, block_size, when, site
+            )[0]
+        else:
+            out = torch.ops.blade.block_sparse_attention.default(
+                q, k, v, num, idx, key_mask, scale, block_size, when, site
+            )[0]
+    return ops_order.restored(out, inverse)
 
 
 library.impl("sparse_sdpa", _sparse_sdpa, "CompositeImplicitAutograd")
@@ -347,3 +358,6 @@ for _device in ("cpu", "cuda"):
     for _name, _count in (("sparse_sdpa", 3), ("mask_predict", 2), ("block_sparse_attention", 3)):
         _op = getattr(torch.ops.blade, _name).default
         library.impl(_name, _autocast(_op, _device, _count), f"Autocast{_device.upper()}")
+
+
+from . import ops_carried, ops_global  # noqa: E402, F401 (they register the other operators, with what is above)

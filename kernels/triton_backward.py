@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import triton_common
+from . import checks, triton_common
 from .triton_backward_kv import grad_kv
 from .triton_backward_q import grad_q
 from .triton_backward_tiles import near, rows_at
@@ -116,7 +116,7 @@ def attention_backward(
         (dq, dk, dv), or (dq, dk, dv, d global_k, d global_v). Keys that nobody may attend to get exact zeros.
     """
     if triton_common.debug():
-        triton_common.check_lists(num, idx, triton.cdiv(k.shape[2], block_size))
+        checks.entries(num, idx, k.shape[2], block_size, duplicates=True)
         triton_common.check_memory(q=q, k=k, v=v, out=out, grad_out=grad_out, lse=lse, num=num, idx=idx, bias=bias)
     with triton_common.on_device(q):
         q, k, v, out, grad_out = (near(x) for x in (q, k, v, out, grad_out.to(q.dtype)))

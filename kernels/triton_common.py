@@ -92,39 +92,8 @@ def longest_first(num: Tensor, B: int, H: int) -> Tensor | None:
     return num.sort(dim=-1, descending=True, stable=True).indices.expand(B, H, -1)
 
 
-def check_lists(num: Tensor, idx: Tensor, num_key_blocks: int) -> None:
-    """What normal mode ignores is an error in debug mode. Waits for the device.
-
-    Args:
-        num: ``kv_num_blocks``, [B|1, H|1, nQ].
-        idx: ``kv_indices``, [B|1, H|1, nQ, cap].
-        num_key_blocks: nK.
-
-    Raises:
-        ValueError: a count outside 0..cap, or a listed block outside 0..nK - 1.
-    """
-    capacity = idx.shape[-1]
-    wrong = ((num < 0) | (num > capacity)).nonzero()
-    if len(wrong):
-        b, h, m = wrong[0].tolist()
-        raise ValueError(
-            f"kv_num_blocks[{b}, {h}, {m}] is {int(num[b, h, m])}: the lists hold 0 to {capacity} blocks each. Found "
-            f"in {len(wrong)} rows."
-        )
-    listed = torch.arange(capacity, device=idx.device) < num[..., None]
-    outside = listed & ((idx < 0) | (idx >= num_key_blocks))
-    wrong = outside.nonzero()
-    if len(wrong):
-        b, h, m, n = wrong[0].tolist()
-        found = int(idx.expand(outside.shape)[b, h, m, n])
-        raise ValueError(
-            f"kv_indices[{b}, {h}, {m}, {n}] is {found}: there are key blocks 0 to {num_key_blocks - 1}. Found at "
-            f"{len(wrong)} places."
-        )
-
-
 def check_memory(**tensors: Tensor | None) -> None:
-    """Tensors that a kernel can't read as they lie, or must not write.
+    """Tensors that a kernel can't read as they lie. What it writes is always new, so inputs may overlap.
 
     Raises:
         ValueError: an address that is no multiple of the element's size, or different devices.

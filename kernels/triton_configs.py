@@ -13,7 +13,6 @@ import functools
 import json
 import logging
 import re
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ Config = dict[str, Any]
 Key = tuple[str, str, int, int, int]
 
 _in_use: dict[Key, Config] = {}  # where it is not the table's: what ran after a fall, or was the fastest
-_searching = threading.local()
+_search_on = False
 
 
 def family(device: torch.device) -> str:
@@ -162,12 +161,19 @@ def launch(kind: str, x: Tensor, block_size: int, call: Callable[[Config], None]
 
 @contextlib.contextmanager
 def searching() -> Iterator[None]:
-    """``max-autotune``: this thread's first launch of each class times the `candidates` and keeps the fastest."""
-    before, _searching.on = getattr(_searching, "on", False), True
+    """``max-autotune``: the first launch of each class times the `candidates` and keeps the fastest."""
+    global _search_on
+    before, _search_on = _search_on, True
     try:
         yield
     finally:
-        _searching.on = before
+        _search_on = before
+
+
+def search_from_now_on() -> None:
+    """`searching` for the rest of the process: the fastest tile belongs to the chip, not to one model."""
+    global _search_on
+    _search_on = True
 
 
 def forget() -> None:
@@ -218,7 +224,7 @@ def _too_large() -> tuple[type[Exception], ...]:
 
 def _may_search(x: Tensor) -> bool:
     """A search waits for the device, which a graph's capture doesn't allow."""
-    on = getattr(_searching, "on", False) and x.is_cuda and not triton_common.tracing()
+    on = _search_on and x.is_cuda and not triton_common.tracing()
     return on and not torch.cuda.is_current_stream_capturing()
 
 

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import aten, triton_common, triton_configs
+from . import aten, checks, triton_common, triton_configs
 from .triton_common import LOG2E, log2_bias
 
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -267,7 +267,7 @@ def attention_forward(
     (B, H, S, D), (Hkv, T) = q.shape, k.shape[1:3]
     nQ, nK = triton.cdiv(S, block_size), triton.cdiv(T, block_size)
     if triton_common.debug():
-        triton_common.check_lists(num, idx, nK)
+        checks.entries(num, idx, k.shape[2], block_size, duplicates=True)
         triton_common.check_memory(q=q, k=k, v=v, num=num, idx=idx, bias=bias, global_k=global_k, global_v=global_v)
     out = aten.flash_layout(B, H, S, D, q)
     lse = q.new_empty(B, H, S, dtype=torch.float32)

@@ -73,6 +73,7 @@ def _block_sums_kernel(
     k,  # [B, Hkv, T, D]
     lse,  # fp32 [B, H, S], natural logarithm
     bias,  # fp32 [B|1, H|1, T]
+    active,  # int32 [B]
     sums,  # fp32 [B * H, nQ, nK]
     stride_qb,
     stride_qh,
@@ -102,9 +103,13 @@ def _block_sums_kernel(
     BLOCK_N: tl.constexpr,
     TAIL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_ACTIVE: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     block_q, head, batch = program % nQ, program // nQ % H, program // nQ // H
+    if HAS_ACTIVE:  # noqa: SIM102 (the outer one is decided by the compiler)
+        if tl.load(active + batch) == 0:
+            return
     row = block_q * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     exists = row < S
     q_rows = q + batch * stride_qb + head * stride_qh + row * stride_qs
@@ -133,7 +138,9 @@ def _block_sums_kernel(
         tl.store(sums + nK - 1, mass)
 
 
-def block_sums(q: Tensor, k: Tensor, lse: Tensor, bias: Tensor | None, scale: float, block_size: int) -> Tensor:
+def block_sums(
+    q: Tensor, k: Tensor, lse: Tensor, bias: Tensor | None, scale: float, block_size: int, active: Tensor | None = None
+) -> Tensor:
     """Exact softmax mass of each block, fp32 [B, H, nQ, nK]; see ``reference_search.block_sums``.
 
     Args:
@@ -142,18 +149,21 @@ def block_sums(q: Tensor, k: Tensor, lse: Tensor, bias: Tensor | None, scale: fl
         bias: fp32 [B|1, H|1, T] added to the scores (-inf: never attended to), or None.
         scale: factor of the scores.
         block_size: tokens in a block, a power of two.
+        active: int32 [B], or None. Where it is 0 nothing is read and the sums are 0: a captured graph searches at the
+            steps that its clock names, without the host.
     """
     if triton_common.debug():
         triton_common.check_memory(q=q, k=k, lse=lse, bias=bias)
     (B, H, S, D), (_, Hkv, T, _) = q.shape, k.shape
     nQ, nK = triton.cdiv(S, block_size), triton.cdiv(T, block_size)
-    sums = q.new_empty(B, H, nQ, nK, dtype=torch.float32)
+    sums = (q.new_empty if active is None else q.new_zeros)(B, H, nQ, nK, dtype=torch.float32)
     with triton_common.on_device(q):
         triton_common.launchable(_block_sums_kernel)[(B * H * nQ,)](
             q,
             k,
             lse,
             lse if bias is None else bias,
+            lse if active is None else active.contiguous(),
             sums,
             *q.stride(),
             *k.stride(),
@@ -170,6 +180,7 @@ def block_sums(q: Tensor, k: Tensor, lse: Tensor, bias: Tensor | None, scale: fl
             BLOCK_SIZE=block_size,
             TAIL=T % block_size != 0,
             HAS_BIAS=bias is not None,
+            HAS_ACTIVE=active is not None,
             **_tiles(triton_configs.family(q.device), q.dtype, D, block_size),
         )
     return sums

@@ -38,6 +38,7 @@ SENTENCES: dict[str, str] = {
     "excluded": "the options leave this module path out",
     "too-short": "{detail}",
     "no-gain": "{detail}",
+    "no-grid": "{detail}; this policy needs the token grid",
 }
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+import math
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -9,9 +12,27 @@ from typing import Any
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from blade_compile.kernels import cost, dispatch, reference
+from blade_compile.kernels import cost, dispatch, policies, reference
 
+from . import grid
+from .extents import hint
 from .find_attention import AttentionSite
+
+logger = logging.getLogger("blade_compile")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Calibrated sparsity of a site's heads, and the sizes that it was found at."""
+
+    sparsity: tuple[float, ...]
+    S: int
+    T: int
+    D: int
+
+
+class CalibrationMismatchError(ValueError):
+    """The calibration belongs to another model or to other sizes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +53,19 @@ class Settings:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     inline_kernels: bool = False
+    policy_options: str = ""
+    "the policy's own options, as JSON"
+    schedule: str = ""
+    "what changes over the steps of a generation, as JSON; empty: nothing"
+    order: str = "none"
+    grid: tuple[int, int, int] | None = None
+    "token grid; None: found in the graph"
+    budgets: tuple[tuple[str, Budget], ...] = ()
+    "what a calibration has found, by site; empty: nothing is calibrated"
 
     def op_kwargs(self, site: AttentionSite) -> dict[str, Any]:
         """Arguments of ``blade::sparse_sdpa`` beside the tensors and the scale."""
-        if isinstance(self.protect, str):
-            protect_q, protect_k = _flat(site.protect_q), _flat(site.protect_k)
-        else:
-            protect_q = protect_k = _flat(self.protect)
+        protect_q, protect_k = (_flat(ranges) for ranges in self.protected(site))
         return {
             "protect_q": protect_q,
             "protect_k": protect_k,
@@ -53,7 +80,18 @@ class Settings:
             "when": self.when,
             "min_tokens": self.min_tokens,
             "site": site.name,
+            "options": self.policy_options,
+            "head_sparsity": list(dict(self.budgets)[site.name].sparsity) if self.budgets else [],
+            "grid": list(site.grid or ()),
+            "order": self.order if site.grid else "none",
+            "schedule": self.schedule,
         }
+
+    def protected(self, site: AttentionSite) -> tuple[Any, Any]:
+        """(start, length) ranges of the query tokens and of the key tokens that are never dropped."""
+        if isinstance(self.protect, str):
+            return site.protect_q, site.protect_k
+        return self.protect, self.protect
 
 
 def _flat(ranges: Any) -> list[Any]:
@@ -70,14 +108,69 @@ def decide_site(site: AttentionSite, settings: Settings) -> None:
         return site.refuse("policy", "policy='dense' keeps every attention dense")
     if _matches(site.name, settings.exclude) or (settings.include and not _matches(site.name, settings.include)):
         return site.refuse("excluded")
+    if settings.budgets and not any(_budget(site, settings).sparsity):
+        return site.refuse("no-gain", "the calibration keeps every block of this site")
     if settings.when == "auto":
         if statically_known_true(settings.min_tokens > site.T):
             return site.refuse("too-short", f"{site.T} key tokens, fewer than min_tokens={settings.min_tokens}")
         why = _no_gain(site, settings)
         if why is not None:
             return site.refuse("no-gain", why)
-    site.accept()
+    if settings.order != "none" or policies.needs_grid(settings.policy):
+        found = _grid(site, settings)
+        if found.sizes is None and policies.needs_grid(settings.policy):
+            return site.refuse("no-grid", found.sentence)
+        site.grid = found.sizes
+        site.accept(found.sentence)
+    else:
+        site.accept()
     return None
+
+
+def _grid(site: AttentionSite, settings: Settings) -> grid.Grid:
+    """The configured token grid, else the one that the graph tells."""
+    protect = settings.protected(site)[0]
+    if settings.grid is None:
+        return grid.find_grid(site, protect)
+    free = site.S - sum(length for _, length in protect)
+    if statically_known_true(math.prod(settings.grid) != free):
+        misfit = f"no grid: {settings.grid} is given and the site has {hint(free)} tokens beside the protected ones"
+        warn_misfit(settings.grid, hint(free))
+        return grid.Grid(None, misfit)
+    return grid.Grid(settings.grid, f"the grid {settings.grid} is given")
+
+
+@functools.cache
+def warn_misfit(given: tuple[int, int, int], tokens: int) -> None:
+    """One warning per grid and number of tokens."""
+    logger.warning(
+        "grid=%s holds %d tokens, but attention here runs over %d beside the protected ones: they stay in their order.",
+        given, math.prod(given), tokens,
+    )  # fmt: skip
+
+
+def _budget(site: AttentionSite, settings: Settings) -> Budget:
+    """The calibrated budget of a site.
+
+    Raises:
+        CalibrationMismatchError: there is none, or it was found at other sizes.
+    """
+    known = dict(settings.budgets)
+    found = known.get(site.name)
+    if found is None:
+        raise CalibrationMismatchError(
+            f"the calibration has no budget for {site.name!r}, it names {len(known)} sites such as "
+            f"{next(iter(known))!r}: it belongs to another model, or this one is compiled in parts; "
+            "calibrate this model and compile it as a whole."
+        )
+    wanted = (len(found.sparsity), found.S, found.T, found.D)
+    sizes = (site.H, site.S, site.T, site.D)
+    if tuple(map(hint, sizes)) != wanted:
+        raise CalibrationMismatchError(
+            f"the calibration of {site.name!r} was made for (heads, queries, keys, head dim) = {wanted}, here they are "
+            f"{tuple(map(hint, sizes))}; calibrate at this resolution."
+        )
+    return found
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
@@ -99,6 +192,9 @@ def _no_gain(site: AttentionSite, settings: Settings) -> str | None:
         return None
     nK = -(-site.T // settings.block_size)
     share = settings.min_keep if settings.sparsity is None else 1 - settings.sparsity
+    if settings.budgets:
+        heads = _budget(site, settings).sparsity
+        share = 1 - sum(heads) / len(heads)
     kept = reference.keep_count(share, nK) / nK
     dtype = str(site.dtype).removeprefix("torch.")
     if cost.choose(family, dtype, (*sizes, settings.block_size), settings.probe_tokens, kept) == "sdpa":

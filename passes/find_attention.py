@@ -65,6 +65,8 @@ class AttentionSite:
     mask_needs_grad: bool = False
     scale: float | None = None
     sources: Sources = field(default_factory=lambda: Sources("unknown"))
+    grid: tuple[Any, ...] | None = None
+    """(T, H, W) of the tokens that are not protected, ints or SymInts, where an order or a policy asks for it"""
     rewritten: bool = False
     match: Match | None = field(default=None, repr=False)
     plan: Plan | None = field(default=None, repr=False)
@@ -94,9 +96,9 @@ class AttentionSite:
         """Leave the site dense, with a code of ``codes.py``."""
         self.code, self.reason = code, sentence(code, detail)
 
-    def accept(self) -> None:
-        """Say that the site is (to be) rewritten."""
-        self.code, self.reason = REWRITTEN, sentence(REWRITTEN)
+    def accept(self, remark: str = "") -> None:
+        """Say that the site is (to be) rewritten; ``remark``: what the report adds."""
+        self.code, self.reason = REWRITTEN, "; ".join(filter(None, (sentence(REWRITTEN), remark)))
 
 
 def find_sites(graph_or_module: Any, *, fake_mode: Any = None) -> list[AttentionSite]:

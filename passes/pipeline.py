@@ -1,7 +1,7 @@
 """The graph passes as Inductor runs them, and the keys that keep its caches honest.
 
 SparseAttentionPass  pre-grad: finds attention and rewrites what gains (the only pass that changes numerics)
-PinMasksPass         joint: predicted masks are saved for the backward, never predicted again
+JointPass            joint: one token order for all sites; masks are saved for the backward, never predicted again
 KeyPass              post-grad: changes nothing; its uuid puts blade's sources and options into the cache key
 InlineKernelsPass    post-grad, on request: Triton kernels that Inductor launches itself
 Chain                a user's own passes in the same slot, before ours
@@ -24,9 +24,12 @@ from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.utils.checkpoint import CheckpointPolicy
 
-from .decide import Settings, decide_site
+from blade_compile.kernels.carried import CLOCK
+
+from .decide import CalibrationMismatchError, Settings, decide_site
 from .find_attention import AttentionSite, find_sites
 from .graph_dump import dump_graph
+from .merge_orders import merge_orders
 from .rewrite import RewriteError, rewrite_site
 
 logger = logging.getLogger("blade_compile")
@@ -70,13 +73,20 @@ class SparseAttentionPass(CustomGraphPass):
             decide_site(site, self.settings)
             if site.code_refuses:
                 return
-            rewrite_site(graph, site, self.settings.op_kwargs(site))
+            rewrite_site(graph, site, {**self.settings.op_kwargs(site), "clock": _clock(graph)})
             site.rewritten = True
+        except CalibrationMismatchError:
+            raise
         except RewriteError as error:
             site.refuse("unreadable", str(error))
         except Exception as error:
             site.refuse("unreadable", f"{type(error).__name__}: {error}")
             logger.debug("site %s could not be rewritten", site.name, exc_info=True)
+
+
+def _clock(graph: fx.Graph) -> fx.Node | None:
+    """The input that carries the step of a generation, where the backend has added one."""
+    return next((node for node in graph.find_nodes(op="placeholder") if node.name == CLOCK), None)
 
 
 def _log(sites: list[AttentionSite], seconds: float) -> None:
@@ -101,9 +111,10 @@ def warn_unreadable(error: Exception) -> None:
     )
 
 
-class PinMasksPass(CustomGraphPass):
-    """Keeps predicted masks out of recomputation: under activation checkpointing a recomputed probe could round
-    differently and select other blocks than the forward pass did. Costs only the int32 lists in memory.
+class JointPass(CustomGraphPass):
+    """Makes one token order for all sites, and keeps predicted masks out of recomputation: under activation
+    checkpointing a recomputed probe could round differently and select other blocks than the forward pass did. Pinning
+    costs only the int32 lists in memory.
     """
 
     def __init__(self, key: str) -> None:
@@ -113,6 +124,7 @@ class PinMasksPass(CustomGraphPass):
         return self.key
 
     def __call__(self, graph: fx.Graph) -> None:
+        merge_orders(graph)
         for node in graph.find_nodes(op="call_function", target=torch.ops.blade.mask_predict.default):
             for pinned in (node, *(user for user in node.users if user.target is operator.getitem)):
                 pinned.meta["recompute"] = CheckpointPolicy.MUST_SAVE
@@ -168,7 +180,7 @@ def inductor_patches(settings: Settings, inductor_options: dict[str, Any]) -> di
     patches = dict(inductor_options)
     for slot, ours in (
         ("pre_grad_custom_pass", SparseAttentionPass(settings, key)),
-        ("joint_custom_pre_pass", PinMasksPass(key)),
+        ("joint_custom_pre_pass", JointPass(key)),
         ("post_grad_custom_post_pass", InlineKernelsPass(key) if settings.inline_kernels else KeyPass(key)),
     ):
         # What is set globally would be replaced by a patch, and has to run too.

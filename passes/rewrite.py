@@ -81,6 +81,8 @@ def _operator(emitter: Emitter, found: Match, plan: Plan, op_kwargs: dict[str, A
 def _plain(emitter: Emitter, value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(emitter, item) for item in value]
+    if isinstance(value, fx.Node) and value.graph is emitter.graph:
+        return value
     return emitter.size(value) if isinstance(value, (torch.SymInt, fx.Node)) else value
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from blade_compile.backend import blade
-from blade_compile.kernels import observe
+from blade_compile.kernels import accelerator, observe
 from tests.blade_compile.models import DENSE, HALF, TinyDiT, inputs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,6 +40,15 @@ def test_sparse_settings_change_it_and_keep_their_density() -> None:
         out = torch.compile(model, backend="blade", options=HALF, fullgraph=True)(*args)
         assert (out - model(*args)).abs().max() > 1e-3
     assert [event.density for event in events] == [0.5] * 4
+
+
+@pytest.mark.parametrize("mode", ["default", "max-autotune"])
+def test_max_autotune_searches_tiles_too(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    searched: list[bool] = []
+    monkeypatch.setattr(accelerator, "search_tiles", lambda: searched.append(True))
+    with torch.no_grad():
+        torch.compile(torch.nn.Linear(4, 4), backend="blade", options={"mode": mode})(torch.ones(1, 4))
+    assert searched == [True] * (mode == "max-autotune")
 
 
 def gradients(
@@ -223,7 +232,7 @@ def test_key_follows_options_and_sources(monkeypatch: pytest.MonkeyPatch) -> Non
 _SECOND_PROCESS = """
 import json, sys, torch
 from torch._dynamo.utils import counters
-from blade_compile.kernels import observe
+from blade_compile.kernels import accelerator, observe
 from tests.blade_compile.models import HALF, Attention
 torch.manual_seed(0)
 model, x = Attention(), torch.randn(2, 96, 64)  # no kernel for the C++ compiler to build

@@ -360,5 +360,9 @@ def test_these_are_all_operators() -> None:
         "blade::block_sparse_attention",
         "blade::block_sparse_attention_backward",
         "blade::sparse_sdpa",
+        "blade::global_sparse_attention",
+        "blade::global_sparse_attention_backward",
+        "blade::carried_attention",
+        "blade::token_order",
     }
     assert ops.library.ns == "blade"

@@ -318,15 +318,33 @@ def test_debug_mode_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BLADE_DEBUG", "1")
     forward(case, qkv, num, idx)
     idx[0, 1, 0, 2] = 7
-    with pytest.raises(ValueError, match=r"kv_indices\[0, 1, 0, 2\] is 7: there are key blocks 0 to 2"):
+    with pytest.raises(ValueError, match=r"kv_indices holds 7 at batch 0, head 1, query block 0; valid are 0 to 2"):
         forward(case, qkv, num, idx)
-    with pytest.raises(ValueError, match=r"kv_indices\[0, 1, 0, 2\] is 7"):
+    with pytest.raises(ValueError, match=r"kv_indices holds 7 at batch 0, head 1"):
         forward(case, qkv, num[:, :1], idx)
+    idx[0, 1, 0, 2] = 0
+    with pytest.raises(ValueError, match=r"lists block 0 twice at batch 0, head 1, query block 0"):
+        forward(case, qkv, num, idx)
+    num[0, 1, 0] = 2  # entries past the count are never read, whatever they repeat
+    forward(case, qkv, num, idx)
     num[0, 0, 1] = 4
-    with pytest.raises(ValueError, match=r"kv_num_blocks\[0, 0, 1\] is 4: the lists hold 0 to 3 blocks each"):
+    with pytest.raises(ValueError, match=r"kv_num_blocks holds 4 at batch 0, head 0, query block 1; valid are 0 to 3"):
         forward(case, qkv, num, idx)
     monkeypatch.setenv("BLADE_DEBUG", "0")
     forward(case, qkv, num, idx)
+
+
+def test_overlapping_inputs_are_only_read() -> None:
+    case = Case(B=2, H=2, Hkv=2, S=70, T=70, D=16)
+    num, idx = case.random_lists()
+    flat = torch.randn(2 * 2 * 70 * 16 + 64)
+    shape, stride = (2, 2, 70, 16), (2 * 70 * 16, 70 * 16, 16, 1)
+    overlapping = [flat.as_strided(shape, stride, offset) for offset in (0, 16, 48)]
+    want = forward(case, tuple(x.clone() for x in overlapping), num, idx)  # type: ignore[arg-type]
+    before = flat.clone()
+    for got, expected in zip(forward(case, tuple(overlapping), num, idx), want, strict=True):  # type: ignore[arg-type]
+        assert torch.equal(got, expected)
+    assert torch.equal(flat, before)
 
 
 def test_memory_that_no_kernel_can_read() -> None:

@@ -137,6 +137,16 @@ def test_the_lowest_finite_bias_hides_nothing() -> None:
         torch.testing.assert_close(run(q, k, lse, bias, 64), reference_search.block_sums(q, k, lse, bias, 0.25, 64))
 
 
+def test_only_active_samples_are_searched() -> None:
+    q, k, _ = make((3, 2, 1, 130, 200, 40, 64))
+    lse = lse_of(q, k, None, 64)
+    everything = run(q, k, lse, None, 64)
+    q[1] = math.nan  # never read
+    active = torch.tensor([1, 0, 7], dtype=torch.int32, device=DEVICE)
+    found = triton_search.block_sums(*(x.to(DEVICE) for x in (q, k, lse)), None, q.shape[-1] ** -0.5, 64, active).cpu()
+    assert torch.equal(found[::2], everything[::2]) and not found[1].any()
+
+
 @given(st.data())
 def test_search_property(data: st.DataObject) -> None:
     H, Hkv = data.draw(st.sampled_from([(1, 1), (2, 1), (4, 2)]))
