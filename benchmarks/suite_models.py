@@ -146,7 +146,9 @@ def as_near(
         if name:
             outputs[name] = out.clone()
         eps = torch.finfo(out.dtype).eps
-        limit = 100 * eps if like is None else 2 * relative(outputs[like], reference.double()) + eps
+        # An fp32 arm may equal the fp32 reference to the last bit; another order of sums may not.
+        rounding = eps + 16 * torch.finfo(torch.float32).eps
+        limit = 100 * eps if like is None else 2 * relative(outputs[like], reference.double()) + rounding
         if not error <= limit:
             raise WrongResultError(f"error {error:.2e} against fp32, allowed {limit:.2e}")
         return error

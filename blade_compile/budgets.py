@@ -10,7 +10,19 @@ from typing import Any
 from .passes.decide import Budget
 
 FORMAT = 1
-KEPT_OPTIONS = ("policy", "block_size", "probe_tokens", "seed", "probe", "global_window", "order", "grid", "protect")
+KEPT_OPTIONS = (
+    "policy",
+    "block_size",
+    "probe_tokens",
+    "seed",
+    "probe",
+    "global_window",
+    "order",
+    "grid",
+    "protect",
+    "include",
+    "exclude",
+)
 """Fields of ``BladeConfig`` that the budgets were found under"""
 
 

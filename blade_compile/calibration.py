@@ -12,6 +12,7 @@ then found by one multiplier, the price of error (Lagrange); checks correct what
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -93,7 +94,8 @@ def calibrate(
         model: a module or function, plain or compiled in any way.
         batches: (args, kwargs) pairs that the model is called with: a few prompts, timesteps from the whole range.
         target: relative L2 error of the model's output that no batch may exceed, in (0, 1).
-        options: policy, block size and so on, as for ``torch.compile``; budgets (sparsity, tau, ...) are what is found.
+        options: policy, block size and so on, as for ``torch.compile``; budgets (sparsity, tau, ...) and ``when`` are
+            not taken: budgets are what is found.
         path: where the file goes.
 
     Returns:
@@ -104,7 +106,7 @@ def calibrate(
     """
     if not isinstance(target, (int, float)) or isinstance(target, bool) or not 0 < target < 1:
         raise ValueError(f"target={target!r}; valid is a relative error between 0 and 1, such as 0.05.")
-    config, given = always(options), _batches(batches)
+    config, given = dataclasses.replace(always(options), when="always"), _batches(batches)
     with site_runner(model, settings_of(config)) as runner:
         run = _Run(runner, given)
         _curves(run)
@@ -152,6 +154,12 @@ def _curves(run: _Run) -> None:
     """Error of each head at each level, on what the dense model computes."""
 
     def handler(name: str, op: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        if kwargs["site"] != name:
+            raise ValueError(
+                f"{name!r} is {kwargs['site']!r} in its graph: the model's graph breaks there, or only parts of it are "
+                "compiled, so a compiled model could not find its budgets again. Calibrate the plain model, and make "
+                "it compile with fullgraph=True."
+            )
         dense = _dense(args, kwargs)
         q, k = args[:2]
         shape = (*q.shape[:3], k.shape[2], q.shape[3])

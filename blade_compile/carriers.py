@@ -72,7 +72,7 @@ def carry(
         )
         return compile_graph(gm, list(example_inputs))
     on_device = DEVICE_DECIDES or (cuda_graphs and clock.device.type != "cpu")
-    return CarriedGraph(compile_graph(copied, inputs), clock, policy, schedule, repr(identity), on_device)
+    return CarriedGraph(compile_graph(copied, inputs), clock, policy, schedule, repr(identity), on_device, _static(gm))
 
 
 def with_clock(gm: fx.GraphModule, example_inputs: Sequence[Any], clock: Tensor) -> tuple[fx.GraphModule, list[Any]]:
@@ -113,6 +113,12 @@ def with_clock(gm: fx.GraphModule, example_inputs: Sequence[Any], clock: Tensor)
     return copied, [*example_inputs, fake]
 
 
+def _static(gm: fx.GraphModule) -> frozenset[int]:
+    """Inputs that Dynamo takes for a module's own: their addresses stay."""
+    marks = [p.meta.get("tensor_dict") or {} for p in gm.graph.find_nodes(op="placeholder")]
+    return frozenset(i for i, mark in enumerate(marks) if "_dynamo_static_input_type" in mark)
+
+
 class CarriedGraph:
     """A compiled graph that takes the clock as its last input, and fills it for each call."""
 
@@ -124,6 +130,7 @@ class CarriedGraph:
         schedule: Schedule,
         identity: str,
         on_device: bool,
+        static: frozenset[int] = frozenset(),
     ) -> None:
         self.compiled = compiled
         self.clock = clock
@@ -131,8 +138,9 @@ class CarriedGraph:
         self.schedule = schedule
         self.identity = identity
         self.on_device = on_device
+        self.static = static
         self.frame = _frame()
-        self._parameters: list[int] | None = None
+        self._own: list[int] | None = None
         self._shown: tuple[int, ...] | None = None
         self._lasting: dict[Hashable, _Lasting] = {}
 
@@ -141,6 +149,12 @@ class CarriedGraph:
         scope = generations.innermost()
         if scope is None or _capturing(self.clock):
             self._say_stateless(scope is not None)
+            return self._outside(args)
+        if not self._own_places(args):
+            _warn_once(
+                f"{self._label()} has no parameters or buffers of its own, so that nothing tells the layers that share "
+                "it apart: no masks are carried over steps there. Compile the module that holds the weights."
+            )
             return self._outside(args)
         key, anchors = self._key(args)
         calls = scope.calls_of(key, lambda s: self._carrier(s, key, anchors), anchors, self._label())
@@ -189,10 +203,14 @@ class CarriedGraph:
     # --- who carries --------------------------------------------------------------------------------------------------
     def _key(self, args: tuple[Any, ...]) -> tuple[Hashable, tuple[Any, ...]]:
         """What tells states apart, and the objects whose ids it is made of."""
-        if self._parameters is None:  # the same places at every call: Dynamo guards the types of a graph's inputs
-            self._parameters = [i for i, value in enumerate(args) if isinstance(value, nn.Parameter)]
-        anchors: tuple[Any, ...] = tuple(args[i] for i in self._parameters) or (self,)
+        anchors = tuple(args[i] for i in self._own_places(args))
         return (self.identity, self.frame, *map(id, anchors)), anchors
+
+    def _own_places(self, args: tuple[Any, ...]) -> list[int]:
+        """Which arguments are a module's own tensors: parameters, and what Dynamo marks as static (buffers)."""
+        if self._own is None:  # the same places at every call: Dynamo guards the types of a graph's inputs
+            self._own = [i for i, x in enumerate(args) if isinstance(x, nn.Parameter) or i in self.static]
+        return self._own
 
     def _carrier(self, scope: generations.Scope, key: Hashable, anchors: tuple[Any, ...]) -> Carrier:
         self.schedule.phase(self.policy, 1, scope.num_steps)  # raises where the schedule does not fit the generation
@@ -204,8 +222,9 @@ class CarriedGraph:
 
     def _make_lasting(self, key: Hashable, anchors: tuple[Any, ...], num_steps: int, branches: int) -> None:
         self._lasting[key] = _Lasting(Carrier(num_steps, branches, on_device=True))
-        if anchors[0] is not self:
-            weakref.finalize(anchors[0], self._lasting.pop, key, None)
+        # Through a weak reference: a finalizer must not keep a graph that is gone, and its memory, alive.
+        if anchors:
+            weakref.finalize(anchors[0], _forget_lasting, weakref.ref(self), key)
 
     def _label(self) -> str:
         return f"the compiled model (frame {self.frame})" if self.frame is not None else "the compiled model"
@@ -223,6 +242,12 @@ class CarriedGraph:
                 "dense_steps and sparsity_steps have no effect outside blade_compile.generation(num_steps=...): "
                 "nothing there says which step it is."
             )
+
+
+def _forget_lasting(graph: weakref.ref[CarriedGraph], key: Hashable) -> None:
+    owner = graph()
+    if owner is not None:
+        owner._lasting.pop(key, None)
 
 
 class _Lasting:

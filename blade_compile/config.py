@@ -145,7 +145,10 @@ class BladeConfig:
             return
         if self.preset not in PRESETS:
             raise ValueError(f"preset={self.preset!r}; valid are {', '.join(map(repr, PRESETS))} or None.")
+        budgeted = self.sparsity is not None or self.calibration is not None
         for field in dataclasses.fields(self):
+            if budgeted and field.name in _TAU_FIELDS:
+                continue  # a budget of the user's own takes the place of the preset's
             if field.name in PRESETS[self.preset] and getattr(self, field.name) == field.default:
                 object.__setattr__(self, field.name, PRESETS[self.preset][field.name])
 

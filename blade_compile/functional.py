@@ -47,6 +47,8 @@ def sparse_attention(
         return _dense(q, k, v, key_mask, scale)
     protect_q, protect_k = _protected(cfg, q.shape[2]), _protected(cfg, k.shape[2])
     grid = _grid(cfg, q.shape[2], protect_q, ordering=True)
+    if grid:
+        _grid(cfg, k.shape[2], protect_k, ordering=True)
     chosen = (cfg.budget, cfg.mass, cfg.min_keep, cfg.max_keep, cfg.block, cfg.probe_tokens, cfg.seed)
     how = {"options": cfg.policy_options, "grid": grid, "order": cfg.inner_order}
     return torch.ops.blade.sparse_sdpa.default(  # type: ignore[no-any-return]

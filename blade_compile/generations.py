@@ -96,6 +96,8 @@ class Calls:
             yield self.carrier
         except BaseException:
             self.by_branch[branch] = done
+            if not done:
+                del self.by_branch[branch]
             self.unnamed -= name is None
             raise
 

@@ -226,7 +226,7 @@ def _row(first: Site, members: list[Site]) -> list[str]:
         _spread([site.recall for site in members]),
         _times(members, "predicted"),
         _times(members, "measured"),
-        "" if first.sparse else first.reason,
+        first.reason.partition("; ")[2] if first.sparse else first.reason,  # of a sparse site only what is remarkable
     ]
 
 

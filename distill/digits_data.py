@@ -115,13 +115,27 @@ def draw(images: Tensor, rows: Tensor, columns: Tensor, size: int) -> Tensor:
     return padded[batch, y[..., :, None], x[..., None, :]][:, None]
 
 
-def sample_clips(split: Split, batch: int, spec: ClipSpec, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def sample_clips(
+    split: Split, batch: int, spec: ClipSpec, generator: torch.Generator, *, balanced: bool = False
+) -> tuple[Tensor, Tensor]:
     """Draw clips of random digits of a split in random motion. Equal generators give equal clips.
+
+    Args:
+        split: see ``digits``.
+        batch: number of clips, B.
+        spec: canvas and motion.
+        generator: where all random numbers come from.
+        balanced: classes 0, 1, .. 9, 0, .. instead of random ones, so that statistics of few clips vary less.
 
     Returns:
         Clips fp32 ``[B, 1, T, H, W]`` in [-1, 1] and labels int64 ``[B]``.
     """
     images, labels = digits(split)
     index = torch.randint(0, len(labels), (batch,), generator=generator)
+    if balanced:
+        by_class = [(labels == c).nonzero().flatten() for c in range(NUM_CLASSES)]
+        index = torch.stack(
+            [by_class[i % NUM_CLASSES][int(n) % len(by_class[i % NUM_CLASSES])] for i, n in enumerate(index)]
+        )
     rows, columns = _axis(batch, spec, generator), _axis(batch, spec, generator)
     return draw(images[index], rows, columns, spec.size), labels[index]

@@ -194,7 +194,7 @@ class Distiller:
         label = torch.arange(count) % NUM_CLASSES
         parts = [self.roll_out(x, y, self.roles.run_average)[3] for x, y in zip(noise.split(50), label.split(50))]
         clips = torch.cat(parts)
-        return score(judge, clips, label, real_clips(config.clips, 1024)[0]).as_dict(), clips
+        return score(judge, clips, label, real_clips(config.clips, 1000)[0]).as_dict(), clips
 
 
 def _update(optimizer: torch.optim.Optimizer, model: nn.Module, loss: Tensor) -> float:

@@ -170,5 +170,5 @@ def score(judge: Judge, clips: Tensor, labels: Tensor, real: Tensor) -> Score:
 
 
 def real_clips(spec: ClipSpec, count: int, seed: int = 1) -> tuple[Tensor, Tensor]:
-    """Clips of held-out digits to measure against: clips ``[N, 1, T, H, W]`` and labels ``[N]``."""
-    return sample_clips("held_out", count, spec, torch.Generator().manual_seed(seed))
+    """Clips of held-out digits to measure against, as many of each class: ``[N, 1, T, H, W]`` and labels ``[N]``."""
+    return sample_clips("held_out", count, spec, torch.Generator().manual_seed(seed), balanced=True)

@@ -41,9 +41,9 @@ class TeacherSettings:
     seed: int = 0
     batch: int = 16
     "clips of a step"
-    lr: float = 2e-3
+    lr: float = 3e-3
     "of AdamW: embeddings, modulation, first and last layer"
-    matrix_lr: float = 4e-3
+    matrix_lr: float = 6e-3
     "of Muon: the matrices of attention and MLP; 0: AdamW for all"
     warmup: int = 100
     "steps over which the rates rise"
@@ -251,7 +251,7 @@ def evaluate(
     generator = torch.Generator().manual_seed(settings.seed + 12_345)
     labels = torch.arange(clips) % NUM_CLASSES
     noise = torch.randn(clips, 1, config.frames, config.size, config.size, generator=generator)
-    real, _ = real_clips(config.clips, 512)
+    real, _ = real_clips(config.clips, 1000)
     parts = [sample(model, x, y, steps=steps, cfg_scale=cfg_scale) for x, y in zip(noise.split(50), labels.split(50))]
     made = torch.cat(parts)
     return {**score(judge, made, labels, real).as_dict(), "steps": steps, "cfg_scale": cfg_scale}, made
@@ -355,7 +355,9 @@ def _describe(settings: TeacherSettings, judge: Judge, out: Path) -> None:
     """Write ``teacher.json``: what made the weights beside it, how well real clips are read, and the curve."""
     clips, labels = real_clips(settings.model.clips, 2000)
     others, _ = real_clips(settings.model.clips, 2000, seed=2)
-    seen, seen_labels = sample_clips("teacher", 2000, settings.model.clips, torch.Generator().manual_seed(3))
+    seen, seen_labels = sample_clips(
+        "teacher", 2000, settings.model.clips, torch.Generator().manual_seed(3), balanced=True
+    )
     described = {
         "command": " ".join(["python -m blade_compile.distill.digits_teacher", *sys.argv[1:]]),
         "settings": asdict(settings),

@@ -26,13 +26,7 @@ def attention(call: Call, clock: Tensor, carrier: Carrier) -> Tensor:
     if call.policy == "adaspa":
         return _remembering(call, clock, _slot(call, carrier))
     num, idx = _by_level(call, level, ops_carried.predict)
-    if call.policy != "asa_g":
-        return ops_carried.attend_sparsely(call, *_kept(call, phase == Phase.DENSE, num, idx))
-    # Global tokens have no place in a dense step: two attentions, of which one has nothing to do.
-    is_dense = phase == Phase.DENSE
-    everything, every_block = ops_carried._full_lists(call)
-    whole = _attend(call, torch.where(is_dense, everything, 0), every_block)[0]
-    return torch.where(is_dense, whole, ops_carried.attend_sparsely(call, torch.where(is_dense, 0, num), idx))
+    return ops_carried.attend_sparsely(call, *_kept(call, phase == Phase.DENSE, num, idx))
 
 
 def _remembering(call: Call, clock: Tensor, slot: Slot) -> Tensor:

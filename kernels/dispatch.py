@@ -9,6 +9,7 @@ import functools
 import logging
 import math
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,8 +105,12 @@ def decide(q: Tensor, k: Tensor, block_size: int, probe_tokens: int, kept: float
     return cost.choose(family(q.device, q.dtype), dtype, (B, H, S, T, D, block_size), probe_tokens, kept)
 
 
-def keeps_all(sparsity: float | None, tau: float, max_keep: float) -> bool:
+def keeps_all(
+    sparsity: float | None, tau: float, max_keep: float, head_sparsity: Sequence[float] | None = None
+) -> bool:
     """Whether the settings keep every block, whatever the scores."""
+    if head_sparsity:
+        return not any(head_sparsity)
     return sparsity == 0 or (sparsity is None and tau >= 1 and max_keep >= 1)
 
 
@@ -155,7 +160,8 @@ def predict(
     # Lists are small: forced blocks are found on the host and sent along.
     forced_q = lists.forced_blocks(protect_q, S, sel.block_size, q.device)
     forced_k = lists.forced_blocks(protect_k, T, sel.block_size, q.device)
-    keep_all = keeps_all(sel.sparsity, sel.tau, sel.max_keep) or _misses_its_grid(sel.rule, T, protect_k, site)
+    keep_all = keeps_all(sel.sparsity, sel.tau, sel.max_keep, sel.rule.head_sparsity)
+    keep_all = keep_all or _misses_its_grid(sel.rule, T, protect_k, site)
     if auto:
         kept = 1.0 if keep_all else _expected_density(q, k, sel, protect_q, protect_k, site)
         choice = "sdpa" if min_tokens > T else decide(q, k, sel.block_size, sel.probe_tokens, kept)

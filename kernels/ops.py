@@ -323,7 +323,7 @@ def _sparse_sdpa(
         num, idx = torch.ops.blade.mask_predict.default(
             q.detach(), k.detach(), hidden, scale, protect_q, protect_k, *selection, policy=policy, **how
         )
-        if policy == "asa_g" and not dispatch.keeps_all(sparsity, tau, max_keep):
+        if policy == "asa_g" and not dispatch.keeps_all(sparsity, tau, max_keep, head_sparsity):
             window = policies.global_window(options)
             pooled = global_tokens.pooled(k, v, key_mask, window, protect_k)
             out = torch.ops.blade.global_sparse_attention.default(

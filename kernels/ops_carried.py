@@ -164,7 +164,11 @@ def _stays_dense(call: Call) -> bool:
     if call.when != "auto" or call.q.numel() == 0:
         return False
     T, nK = call.k.shape[2], call.num_key_blocks
-    kept = reference.keep_count(call.min_keep if call.sparsity is None else 1 - call.sparsity, nK) / nK
+    # The sparsest step decides: a site is one thing throughout a generation.
+    shares = [1 - level for level in call.schedule.levels(call.sparsity) if level is not None] or [call.min_keep]
+    if call.head_sparsity:
+        shares[0] = 1 - sum(call.head_sparsity) / len(call.head_sparsity)
+    kept = reference.keep_count(min(shares), nK) / nK
     # Nothing is probed at most steps, and a search is rare: the smallest probe stands for both.
     return call.min_tokens > T or dispatch.decide(call.q, call.k, call.block_size, 1, kept) != "sparse"
 
@@ -190,7 +194,7 @@ def attend_sparsely(call: Call, num: Tensor, idx: Tensor, when: str = "always") 
     ``when="auto"`` is for lists that ``mask_predict`` has just made: it knows which of them should run as SDPA.
     """
     rest = (call.key_mask, call.scale, call.block_size, when, call.site)
-    if call.policy == "asa_g" and not dispatch.keeps_all(call.sparsity, call.tau, call.max_keep):
+    if call.policy == "asa_g":
         from . import global_tokens, ops_global  # noqa: F401 (registers the operator)
 
         window = policies.global_window(call.options)
@@ -318,7 +322,11 @@ def _full_lists(call: Call) -> tuple[Tensor, Tensor]:
 
 def _tell(call: Call, op: str, path: str, num: Tensor, idx: Tensor) -> None:
     if observe.listening():
-        observe.notify(observe.Event(op, call.site, path, (call.q, call.k, call.v), num, idx, call.block_size))
+        observe.notify(
+            observe.Event(
+                op, call.site, path, (call.q, call.k, call.v), num, idx, call.block_size, key_mask=call.key_mask
+            )
+        )
 
 
 def _carried_attention_fake(q: Tensor, *args: Any, **kwargs: Any) -> Tensor:

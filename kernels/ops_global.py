@@ -6,9 +6,9 @@
 The gradients are exact, also through the LSE: global keys are keys like any other. ``global_bias`` is a function of the
 key mask alone and has none.
 
-Under ``when="auto"`` lists that drop nothing stand for dense attention (`dispatch.predict` makes them where it would be
-as fast). Global tokens are hidden then, by the lists themselves and in both directions, so that nobody waits for a
-device.
+Global tokens stand for what was dropped: a head whose lists drop nothing attends densely, without them. So do dense
+steps, heads with a budget of everything, and sites that ``when="auto"`` keeps dense; the lists say so, in both
+directions, and nobody waits for a device.
 """
 
 from __future__ import annotations
@@ -61,11 +61,13 @@ def _forward(
     checks.lists(q, k, kv_num_blocks, kv_indices, block_size)
     _check(q, k, global_k, global_v, global_bias)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    tokens = _visible(GlobalTokens(global_k, global_v, global_bias), k, kv_num_blocks, block_size, when)
+    tokens = _visible(GlobalTokens(global_k, global_v, global_bias), k, kv_num_blocks, block_size)
     out, lse, path = _attend(q, k, v, kv_num_blocks, kv_indices, tokens, key_mask, scale, block_size, when)
     if observe.listening():
-        event = observe.Event("global_sparse_attention", site, path, (q, k, v), kv_num_blocks, kv_indices, block_size)
-        observe.notify(event)
+        lists = (kv_num_blocks, kv_indices)
+        observe.notify(
+            observe.Event("global_sparse_attention", site, path, (q, k, v), *lists, block_size, key_mask=key_mask)
+        )
     return out, lse
 
 
@@ -116,7 +118,7 @@ def _backward(
     site: str = "",
 ) -> tuple[Tensor, ...]:
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    tokens = _visible(GlobalTokens(global_k, global_v, global_bias), k, kv_num_blocks, block_size, when)
+    tokens = _visible(GlobalTokens(global_k, global_v, global_bias), k, kv_num_blocks, block_size)
     results = (out, lse, kv_num_blocks, kv_indices)
     if not global_k.shape[2]:
         own = dispatch.attend_backward(grad_out, grad_lse, q, k, v, *results, key_mask, scale, block_size)
@@ -138,11 +140,11 @@ def _backward(
     return grads
 
 
-def _visible(tokens: GlobalTokens, k: Tensor, num: Tensor, block_size: int, when: str) -> GlobalTokens:
-    """The global tokens, hidden under ``auto`` where the lists drop nothing. Decided on the device."""
-    if when != "auto":
+def _visible(tokens: GlobalTokens, k: Tensor, num: Tensor, block_size: int) -> GlobalTokens:
+    """The global tokens, hidden from heads whose lists drop nothing. Decided on the device."""
+    if not num.numel():
         return tokens
-    full = (num >= -(-k.shape[2] // block_size)).all()
+    full = (num >= -(-k.shape[2] // block_size)).all(-1, keepdim=True)  # [B|1, H|1, 1]
     return tokens._replace(bias=tokens.bias.masked_fill(full, -math.inf))
 
 

@@ -13,6 +13,7 @@ import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from blade_compile.kernels import cost, dispatch, policies, reference
+from blade_compile.kernels.schedule import Schedule
 
 from . import grid
 from .extents import hint
@@ -108,14 +109,14 @@ def decide_site(site: AttentionSite, settings: Settings) -> None:
         return site.refuse("policy", "policy='dense' keeps every attention dense")
     if _matches(site.name, settings.exclude) or (settings.include and not _matches(site.name, settings.include)):
         return site.refuse("excluded")
-    if settings.budgets and not any(_budget(site, settings).sparsity):
-        return site.refuse("no-gain", "the calibration keeps every block of this site")
     if settings.when == "auto":
         if statically_known_true(settings.min_tokens > site.T):
             return site.refuse("too-short", f"{site.T} key tokens, fewer than min_tokens={settings.min_tokens}")
         why = _no_gain(site, settings)
         if why is not None:
             return site.refuse("no-gain", why)
+    if settings.budgets and not any(_budget(site, settings).sparsity):
+        return site.refuse("no-gain", "the calibration keeps every block of this site")
     if settings.order != "none" or policies.needs_grid(settings.policy):
         found = _grid(site, settings)
         if found.sizes is None and policies.needs_grid(settings.policy):
@@ -165,7 +166,8 @@ def _budget(site: AttentionSite, settings: Settings) -> Budget:
         )
     wanted = (len(found.sparsity), found.S, found.T, found.D)
     sizes = (site.H, site.S, site.T, site.D)
-    if tuple(map(hint, sizes)) != wanted:
+    # Comparing a symbolic size guards on it: another size compiles anew, and is refused here.
+    if not all(bool(size == n) for size, n in zip(sizes, wanted)):
         raise CalibrationMismatchError(
             f"the calibration of {site.name!r} was made for (heads, queries, keys, head dim) = {wanted}, here they are "
             f"{tuple(map(hint, sizes))}; calibrate at this resolution."
@@ -191,7 +193,8 @@ def _no_gain(site: AttentionSite, settings: Settings) -> str | None:
     if not all(type(size) is int for size in sizes):
         return None
     nK = -(-site.T // settings.block_size)
-    share = settings.min_keep if settings.sparsity is None else 1 - settings.sparsity
+    levels = [level for level in Schedule.parse(settings.schedule).levels(settings.sparsity) if level is not None]
+    share = 1 - max(levels) if levels else settings.min_keep
     if settings.budgets:
         heads = _budget(site, settings).sparsity
         share = 1 - sum(heads) / len(heads)

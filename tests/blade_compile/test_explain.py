@@ -450,3 +450,11 @@ def test_another_attention_backend_is_named_with_the_remedy(wan, monkeypatch) ->
     assert {site.code for site in report.sites} == {"other-backend"}
     assert "set_attention_backend('native')" in report.sites[0].reason
     assert dispatch._AttentionBackendRegistry._backends[hub] is kernel
+
+
+def test_the_order_is_a_line_of_the_report() -> None:
+    model, args = TinyDiT(), inputs()
+    unknown = blade_compile.explain(model, *args, blade_options={**HALF, "order": "gilbert"})
+    assert "no convolution, patches or position table" in str(unknown) and unknown.sites[0].rewritten
+    given = blade_compile.explain(model, *args, blade_options={**HALF, "order": "gilbert", "grid": (4, 4, 6)})
+    assert "the grid (4, 4, 6) is given" in str(given)

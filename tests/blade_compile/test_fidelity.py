@@ -193,6 +193,51 @@ def test_a_file_brings_its_options_and_contradicts_others(tmp_path: Path) -> Non
         BladeConfig(calibration=str(tmp_path / "new.json"))
 
 
+def test_other_sizes_are_refused_with_dynamic_shapes_too(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"calibration": calibrated(tmp_path), "when": "always"}
+    compiled = torch.compile(soft_model(), backend="blade", options=options, dynamic=True)
+    with torch.no_grad():
+        compiled(*inputs())
+        with pytest.raises(BladeOptionError, match=r"here they are \(2, 64, 64, 32\)"):
+            compiled(*inputs(64))
+
+
+def test_a_file_remembers_what_was_left_out(tmp_path: Path) -> None:
+    model, batches = soft_model(), [(inputs(), {})]
+    settings = {**GENTLE, "exclude": ("blocks.0.*",)}
+    path = blade_compile.calibrate(model, batches, 0.2, options=settings, path=tmp_path / "c.json")
+    assert list(json.loads(path.read_text())["sites"]) == ["blocks.1.attn1"]
+    with torch.no_grad(), observe.record() as events:
+        torch.compile(model, backend="blade", options={"calibration": str(path), "when": "always"})(*inputs())
+    assert {event.site for event in events} == {"blocks.1.attn1"}
+
+
+def test_a_graph_break_inside_attention_is_refused() -> None:
+    class Breaking(Attention):
+        def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+            torch._dynamo.graph_break()
+            return super().forward(x)
+
+    model = OneAttention()
+    model.attn = Breaking()
+    with pytest.raises(ValueError, match="graph breaks there"):
+        blade_compile.calibrate(model, [((torch.randn(1, 90, 64),), {})], options=GENTLE)
+
+
+@pytest.mark.parametrize("policy", ["asa", "asa_g"])
+def test_masked_keys_count_in_no_recall(policy: str) -> None:
+    model, args = OneMasked(), (torch.randn(1, 96, 64), torch.arange(96)[None] < 50)
+    report = blade_compile.measure(model, *args, options={**HALF, "policy": policy, "global_window": 8})
+    # 4 of the 6 blocks hold a visible key, 3 are kept: nearly everything that there is to keep.
+    assert min(report.sites[0].oracle) > 0.75 and min(report.sites[0].recall) > 0.6
+
+
+class OneMasked(OneAttention):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+        out: Tensor = self.attn(x, mask=mask[:, None, None])
+        return out
+
+
 @pytest.mark.parametrize(
     ("batches", "target", "message"),
     [

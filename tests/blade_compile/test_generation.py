@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import blade_compile
@@ -519,6 +520,16 @@ def test_two_experts_may_share_the_steps() -> None:
     runs = [*loop_calls(high, args, 7), *loop_calls(low, args, STEPS - 6)]
     with pytest.raises(ValueError, match="12 calls"), blade_compile.generation(STEPS):
         [run() for run in runs]
+
+
+def test_a_shared_graph_without_weights_carries_nothing() -> None:
+    """Layers that share it could not be told apart: one layer's mask must never serve another."""
+    call = torch.compile(F.scaled_dot_product_attention, backend=Backend(ADASPA), fullgraph=True)
+    layers = [tuple(torch.randn(1, 2, 90, 32) for _ in range(3)) for _ in range(2)]
+    alone = [call(*layer) for layer in layers]
+    with blade_compile.generation(3):
+        for _ in range(3):
+            assert same([call(*layer) for layer in layers], alone)
 
 
 def test_models_without_state_are_not_counted() -> None:

@@ -140,6 +140,20 @@ def test_budgets_per_head() -> None:
     assert (num == torch.tensor([10, 5, 5, 1])[None, :, None]).all()
 
 
+def test_a_head_whose_budget_is_everything_is_dense() -> None:
+    q, k, v = (torch.randn(1, 2, 160, 32) for _ in range(3))
+    ops, common = torch.ops.blade, {"block_size": 16, "probe_tokens": 8, "tau": 1.0}
+    out = ops.sparse_sdpa(q, k, v, policy="asa_g", head_sparsity=[0.0, 0.8], options='{"global_window": 4}', **common)
+    want = F.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(out[:, 0], want[:, 0], rtol=1e-4, atol=1e-5)
+    assert (out[:, 1] - want[:, 1]).abs().max() > 1e-2, "tau=1 must not hide the budget of the other head"
+
+
+def test_a_budget_of_ones_own_takes_the_place_of_the_presets() -> None:
+    config = blade_compile.BladeConfig(preset="wan2.1-1.3b", sparsity=0.5)
+    assert (config.policy, config.budget, config.max_keep) == ("asa_g", 0.5, 1.0)
+
+
 def test_a_policy_of_ones_own() -> None:
     def last_blocks(request: policies.Request) -> Tensor:
         """Prefers late keys, whatever the queries."""

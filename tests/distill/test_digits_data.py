@@ -67,6 +67,17 @@ def test_equal_generators_give_equal_clips() -> None:
     assert float(first[0].min()) == -1 and float(first[0].max()) == 1
 
 
+def test_balanced_clips_take_the_classes_in_turn() -> None:
+    clips, labels = sample_clips("held_out", 25, ClipSpec(), torch.Generator().manual_seed(0), balanced=True)
+    assert labels.tolist() == [i % 10 for i in range(25)]
+    known = {image.numpy().tobytes(): int(label) for image, label in zip(*digits("held_out"))}
+    found = []
+    for clip in clips[:, 0, 0]:
+        windows = [clip[r : r + 8, c : c + 8] for r in range(9) for c in range(9)]
+        found += [known[w.numpy().tobytes()] for w in windows if w.numpy().tobytes() in known][:1]
+    assert found == labels.tolist()
+
+
 def test_bad_canvas_is_refused() -> None:
     with pytest.raises(ValueError, match="size is 8"):
         ClipSpec(size=8)

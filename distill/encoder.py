@@ -1,0 +1,117 @@
+"""The text encoder of a model folder: its pipeline without transformer and VAE, and a fingerprint of what it makes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blade_compile.distill.adapters import Adapter, load_adapter
+from blade_compile.distill.config import RunConfig
+from blade_compile.distill.embeddings import Encoder, prepare
+from blade_compile.distill.errors import ConfigError, DataError
+from blade_compile.distill.prompts import read_prompts
+
+_LEFT_OUT = ("transformer", "transformer_2", "vae", "image_encoder")
+
+
+def text_pipeline(config: RunConfig) -> Any:
+    """The pipeline with its text encoders alone. Raises ``ConfigError`` where the folder can't be loaded."""
+    import diffusers
+
+    without: dict[str, Any] = dict.fromkeys(_LEFT_OUT)
+    index = Path(str(config.model.path)) / "model_index.json"
+    if index.is_file():
+        named = json.loads(index.read_text(encoding="utf-8"))
+        without = {name: None for name in without if name in named}
+    else:
+        without = {"transformer": None, "vae": None}
+    try:
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(
+            config.model.path,
+            revision=config.model.revision,
+            torch_dtype=getattr(torch, config.model.dtype),
+            trust_remote_code=config.model.trust_code,
+            **without,
+        )
+    except (OSError, ValueError, TypeError, ImportError, AttributeError) as error:
+        said = " ".join(str(error).split())
+        raise ConfigError(f"{config.model.path}: the text encoder can't be loaded: {said}") from None
+    return pipeline.to("cuda") if torch.cuda.is_available() else pipeline
+
+
+def fingerprint(config: RunConfig, family: str) -> str:
+    """What the embeddings depend on: model, its encoders' files, length of text, dtype.
+
+    Weights count by name and size, not content: hashing tens of gigabytes would take longer than encoding.
+    """
+    said: dict[str, Any] = {
+        "family": family,
+        "length": config.data.max_sequence_length,
+        "dtype": config.model.dtype,
+        "factory": config.model.factory,
+    }
+    root = Path(str(config.model.path)).expanduser()
+    if config.model.path is not None and root.is_dir():
+        files = [p for p in sorted(root.glob("t*/**/*")) if p.is_file() and p.parts[len(root.parts)] != "transformer"]
+        said["files"] = [(str(p.relative_to(root)), p.stat().st_size, _content(p)) for p in files]
+    else:
+        said["model"] = [config.model.path, config.model.revision]
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _content(path: Path) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.suffix in {".json", ".txt"} else None
+
+
+def prepare_run(
+    config: RunConfig,
+    rank: int = 0,
+    world: int = 1,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> int:
+    """Embed the prompts of a run. Returns how many were embedded now; see ``embeddings.prepare``."""
+    adapter = load_adapter(config.model)
+    texts = run_prompts(config, adapter)
+    if config.data.prompts is None and config.data.embeddings and not Path(config.embeddings).is_dir():
+        raise DataError(f"data.embeddings: {config.embeddings} does not exist, and there is no data.prompts to make it")
+    return prepare(
+        config.embeddings,
+        texts,
+        config.data.negative_prompt,
+        run_encoder(config, adapter),
+        fingerprint(config, adapter.family),
+        shard_size=config.data.shard_size,
+        batch=config.data.encode_batch,
+        rank=rank,
+        world=world,
+        progress=progress,
+    )
+
+
+def run_prompts(config: RunConfig, adapter: Adapter) -> list[str]:
+    """The texts to embed: of the file, or those that a factory's adapter brings with it."""
+    if config.data.prompts is not None:
+        return [prompt.text for prompt in read_prompts(config.data.prompts, config.data.columns)]
+    own: tuple[str, ...] = getattr(adapter, "default_prompts", ())
+    if not own:
+        raise ConfigError("data.prompts: missing; `prepare` needs a file of prompts")
+    return list(own)
+
+
+def run_encoder(config: RunConfig, adapter: Adapter) -> Encoder:
+    """From prompts to tensors; the pipeline is loaded when the first prompt needs it."""
+    loaded: list[Any] = []
+
+    @torch.no_grad()
+    def encode(prompts: Sequence[str]) -> dict[str, Tensor]:
+        if not loaded:
+            loaded.append(text_pipeline(config) if config.model.path is not None else None)
+        return adapter.encode(loaded[0], prompts, config.data.max_sequence_length)
+
+    return encode

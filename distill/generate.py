@@ -1,0 +1,350 @@
+"""Sample from an export with the exact steps of the training, dense or sparse: clips as mp4 or GIF, images as PNG."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blade_compile import generation
+from blade_compile.distill import clips
+from blade_compile.distill.errors import ConfigError, DataError
+from blade_compile.distill.export import read_record
+from blade_compile.distill.grids import Grid
+from blade_compile.distill.pipelines import PipelineFamily, call_arguments, classes, load_scheduler, pipeline_family
+from blade_compile.distill.samplers import student_scheduler
+from blade_compile.distill.schedules import FlowSchedule, schedule_of
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_WEIGHTS = {"lora": "pytorch_lora_weights.safetensors", "full": "transformer", "merged": "transformer"}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one call of a pipeline made."""
+
+    frames: Tensor
+    "uint8 ``[T, H, W, C]``; T is 1 for an image"
+    latents: Tensor
+    "of the last step, before the VAE, fp32, without the batch dimension"
+    seconds: float
+    "of the whole call"
+
+
+@dataclass
+class LoadedModel:
+    """A pipeline that is ready to sample, and how it has to be called."""
+
+    pipe: Any
+    family: PipelineFamily
+    steps: int
+    cfg_scale: float = 1.0
+    embedded_guidance: float | None = None
+    negative_prompt: str = ""
+    size: Mapping[str, int] = field(default_factory=dict)
+    sparse: bool = False
+
+    def __call__(self, prompt: str, seed: int, size: Mapping[str, int] | None = None) -> Sample:
+        """Draw one sample.
+
+        Args:
+            prompt: text, or the class of a DiT.
+            seed: of the noise; the same for every model, step count and sparsity.
+            size: height, width, num_frames that differ from those of the training.
+        """
+        arguments = call_arguments(
+            self.family,
+            self.pipe,
+            prompt,
+            steps=self.steps,
+            cfg_scale=self.cfg_scale,
+            seed=seed,
+            size={**self.size, **(size or {})},
+            embedded_guidance=self.embedded_guidance,
+            negative_prompt=self.negative_prompt,
+        )
+        kept = _LastStep(self.pipe.scheduler)
+        start = time.perf_counter()
+        with kept, torch.no_grad(), generation(self.steps) if self.sparse else nullcontext():
+            out = self.pipe(**arguments)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        made = out.frames[0] if self.family.video else out.images
+        return Sample(clips.to_bytes(torch.as_tensor(made)), kept.latents, seconds)
+
+
+class _LastStep:
+    """Keeps the latents that a scheduler's last step returned: every pipeline has a scheduler, few have callbacks."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler, self._latents = scheduler, None
+
+    def __enter__(self) -> None:
+        step = self.scheduler.step
+
+        def noted(*args: Any, **given: Any) -> Any:
+            out = step(*args, **given)
+            self._latents = out[0] if isinstance(out, tuple) else out.prev_sample
+            return out
+
+        self.scheduler.step = noted
+
+    def __exit__(self, *_: object) -> None:
+        del self.scheduler.step  # the class's own again
+
+    @property
+    def latents(self) -> Tensor:
+        if self._latents is None:
+            raise ConfigError("the pipeline made no step; num_inference_steps has to be 1 or more")
+        last: Tensor = self._latents
+        return last[:1].detach().float().cpu()[0]
+
+
+def _base_of(record: Mapping[str, Any], base: str | None) -> str:
+    found = base or record.get("base_model")
+    if not found:
+        raise ConfigError("the export names no base model; give the folder or hub id of the one it was distilled from")
+    return str(found)
+
+
+def _load_pipeline(cls: Any, base: str, **given: Any) -> Any:
+    try:
+        return cls.from_pretrained(base, **given)
+    except (OSError, ValueError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"can't load {base!r} as a {cls.__name__}: {first}; give its folder or hub id") from error
+
+
+def _device(wanted: str | None) -> str:
+    return wanted or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _check_weights(folder: Path, record: Mapping[str, Any]) -> None:
+    wanted = _WEIGHTS.get(str(record.get("weights")))
+    if wanted is None or not (folder / wanted).exists():
+        raise ConfigError(f"{folder} lacks {wanted or 'its weights'}; export the student again")
+
+
+def _scheduler_for(folder: Path, record: Mapping[str, Any], steps: int | None) -> Any:
+    """The exported scheduler, or that of another K which the student was trained for."""
+    exported = load_scheduler(folder / "scheduler")
+    if steps is None or steps == record["steps"]:
+        return exported
+    choices = record.get("step_choices") or {}
+    if str(steps) not in choices:
+        known = sorted({record["steps"], *map(int, choices)})
+        raise ConfigError(
+            f"steps is {steps}: the student was trained for {', '.join(map(str, known))}; use one of them"
+        )
+    entry, config = choices[str(steps)], dict(exported.config)
+    config["_class_name"] = type(exported).__name__
+    schedule = FlowSchedule(record["shift"]) if record["shift"] is not None else schedule_of(config)
+    end = schedule.clean
+    grid = Grid(tuple(entry["timesteps"]), tuple(entry["alphas"]), tuple(entry["sigmas"]), end)
+    return student_scheduler(record["family"], grid, schedule, config, record["eta"])
+
+
+def load_student(
+    folder: str | Path,
+    *,
+    base: str | None = None,
+    sparse: bool = True,
+    compiled: bool = True,
+    steps: int | None = None,
+    device: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> LoadedModel:
+    """Load an export into its stock pipeline.
+
+    Args:
+        folder: of the export.
+        base: folder or hub id of the base model; None: the one that the export names.
+        sparse: compile the transformer with backend="blade" and the options of the training; False: dense.
+        compiled: where dense: compile with Inductor, so that times compare; False: eager.
+        steps: K, of a student that was trained for several.
+        device: ``cuda``, ``cpu``, ..; None: cuda where there is one.
+        options: of backend="blade", in addition to or instead of the exported ones.
+
+    Raises:
+        ConfigError: the folder is no export, or the base model can't be loaded.
+    """
+    path, record = Path(folder), read_record(folder)
+    if record["family"] is None:
+        raise ConfigError(f"{folder} is a model of your own ({record.get('factory')}), which no stock pipeline samples")
+    family = pipeline_family(record["family"])
+    _check_weights(path, record)
+    scheduler = _scheduler_for(path, record, steps)
+    pipeline, transformer = classes(family)
+    dtype = _DTYPES[record.get("dtype") or "bfloat16"]
+    source = _base_of(record, base)
+    if record["weights"] == "lora":
+        pipe = _load_pipeline(pipeline, source, torch_dtype=dtype)
+        pipe.load_lora_weights(path)
+    else:
+        model = transformer.from_pretrained(path, subfolder="transformer", torch_dtype=dtype)
+        pipe = _load_pipeline(pipeline, source, transformer=model, torch_dtype=dtype)
+    pipe.scheduler = scheduler
+    pipe.to(_device(device))
+    pipe.set_progress_bar_config(disable=True)
+    if sparse:
+        pipe.transformer.compile(backend="blade", options={**record["options"], **(options or {})})
+    elif compiled:
+        pipe.transformer.compile()
+    return LoadedModel(
+        pipe,
+        family,
+        steps or int(record["steps"]),
+        float(record["cfg_scale"]),
+        record.get("embedded_guidance"),
+        size=_size(record),
+        sparse=sparse,
+    )
+
+
+def load_teacher(
+    folder: str | Path,
+    *,
+    base: str | None = None,
+    steps: int = 50,
+    cfg_scale: float | None = None,
+    negative_prompt: str = "",
+    compiled: bool = True,
+    device: str | None = None,
+) -> LoadedModel:
+    """The model that an export was distilled from: dense, with its own scheduler and guidance.
+
+    Args:
+        folder: of the export, which names the base model, the size and the guidance.
+        base: folder or hub id instead of the one named.
+        steps: of the teacher's scheduler.
+        cfg_scale: None: as in the training.
+        negative_prompt: the unconditional input.
+        compiled: compile the transformer with Inductor.
+        device: None: cuda where there is one.
+    """
+    record = read_record(folder)
+    family = pipeline_family(str(record["family"]))
+    dtype = _DTYPES[record.get("dtype") or "bfloat16"]
+    pipe = _load_pipeline(classes(family)[0], _base_of(record, base), torch_dtype=dtype)
+    pipe.to(_device(device))
+    pipe.set_progress_bar_config(disable=True)
+    if compiled:
+        pipe.transformer.compile()
+    scale = record.get("teacher_cfg_scale") if cfg_scale is None else cfg_scale
+    return LoadedModel(
+        pipe,
+        family,
+        steps,
+        1.0 if scale is None else float(scale),
+        record.get("embedded_guidance"),
+        negative_prompt,
+        _size(record),
+    )
+
+
+def _size(record: Mapping[str, Any]) -> dict[str, int]:
+    latent = record.get("latent") or {}
+    missing = [key for key in ("height", "width", "num_frames") if key not in latent]
+    if missing:
+        raise ConfigError(f"blade.json lacks latent.{missing[0]}; export the student again")
+    return {key: int(latent[key]) for key in ("height", "width", "num_frames")}
+
+
+@dataclass(frozen=True)
+class Written:
+    """One sample on disk."""
+
+    file: str
+    prompt: str
+    seed: int
+    seconds: float
+
+
+def _old_entries(manifest: Path) -> dict[str, dict[str, Any]]:
+    try:
+        found = json.loads(manifest.read_text(encoding="utf-8"))
+        return {entry["file"]: entry for entry in found}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"can't read {manifest}: {error}; remove it to start again") from error
+
+
+def generate(
+    model: LoadedModel,
+    prompts: Sequence[str],
+    out: str | Path,
+    *,
+    seeds: Iterable[int] = (0,),
+    sizes: Sequence[Mapping[str, int]] | None = None,
+    suffix: str | None = None,
+    fps: int | None = None,
+) -> list[Written]:
+    """Write ``<prompt-slug>-<seed>.<suffix>`` for every prompt and seed, and ``prompts.json``. What is there is kept.
+
+    Args:
+        model: from ``load_student`` or ``load_teacher``.
+        prompts: texts, or classes of a DiT.
+        out: folder for the files.
+        seeds: each prompt is drawn once with each.
+        sizes: height, width, num_frames of each prompt where they differ from the training's.
+        suffix: ``.mp4``, ``.gif`` or ``.png``; None: the best that can be written.
+        fps: of clips; None: the family's.
+
+    Returns:
+        What is in the folder now, in the order of prompts and seeds.
+
+    Raises:
+        DataError: no prompts, or the folder can't be written.
+    """
+    if not prompts:
+        raise DataError("there are no prompts to sample; give one or more")
+    target, ending = Path(out), clips.suffix_for(model.family.video, suffix)
+    manifest = target / "prompts.json"
+    known, done = _old_entries(manifest), []
+    chosen = list(seeds)
+    names = _unique_slugs(prompts)
+    for i, prompt in enumerate(prompts):
+        for seed in chosen:
+            file = f"{names[i]}-{seed}{ending}"
+            before = known.get(file)
+            if before is not None and before["prompt"] == prompt and (target / file).is_file():
+                done.append(Written(**before))
+                continue
+            sample = model(prompt, seed, sizes[i] if sizes else None)
+            clips.write(sample.frames, target / file, fps or model.family.fps or 8)
+            done.append(Written(file, prompt, seed, round(sample.seconds, 3)))
+            known[file] = asdict(done[-1])
+            _write_manifest(manifest, list(known.values()))
+    return done
+
+
+def _unique_slugs(prompts: Sequence[str]) -> list[str]:
+    """Slugs, with a number where two different prompts would have the same."""
+    names: dict[str, str] = {}
+    for prompt in prompts:
+        if prompt in names:
+            continue
+        name, count = clips.slug(prompt), 1
+        while name in names.values():
+            count += 1
+            name = f"{clips.slug(prompt)}-v{count}"
+        names[prompt] = name
+    return [names[prompt] for prompt in prompts]
+
+
+def _write_manifest(path: Path, entries: Sequence[Mapping[str, Any]]) -> None:
+    beside = path.with_name(f".{path.name}")
+    try:
+        beside.write_text(json.dumps(list(entries), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        raise DataError(f"can't write {path}: {error.strerror or error}") from error

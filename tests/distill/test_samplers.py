@@ -1,0 +1,127 @@
+"""The exported scheduler, run as each family's pipeline runs it, against the training grid and our own roll-out."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+
+from blade_compile.distill.errors import ConfigError
+from blade_compile.distill.grids import Grid, flow_grid, vp_grid
+from blade_compile.distill.objective import step_to
+from blade_compile.distill.samplers import fixed_shift, pipeline_sigmas, student_scheduler, visits
+from blade_compile.distill.schedules import FlowSchedule, VPSchedule, schedule_of, to_x0_eps
+
+COGVIDEOX = {
+    "_class_name": "CogVideoXDDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085,
+    "beta_end": 0.012, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "snr_shift_scale": 3.0,
+}  # fmt: skip
+PIXART = {"_class_name": "DPMSolverMultistepScheduler", "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
+
+
+def _run(scheduler: Any, family: str, steps: int, x: torch.Tensor, outputs: list[torch.Tensor]) -> torch.Tensor:
+    """What the pipeline does with given model outputs."""
+    scheduler = type(scheduler).from_config(dict(scheduler.config))
+    sigmas = pipeline_sigmas(family, steps)
+    scheduler.set_timesteps(steps) if sigmas is None else scheduler.set_timesteps(sigmas=sigmas)
+    for t, output in zip(scheduler.timesteps, outputs, strict=True):
+        x = scheduler.step(output, t, x, return_dict=False)[0]
+    return x
+
+
+def _roll(grid: Grid, prediction: Any, x: torch.Tensor, outputs: list[torch.Tensor]) -> torch.Tensor:
+    alphas, sigmas = grid.levels()
+    for i, output in enumerate(outputs):
+        x0, eps = to_x0_eps(x, output, alphas[i], sigmas[i], prediction)
+        x = step_to(x0, eps, alphas[i + 1], sigmas[i + 1])
+    return x
+
+
+@pytest.mark.parametrize("family", ["wan", "sd3", "flux", "ltx", "hunyuan_video"])
+@pytest.mark.parametrize("shift", [0.7, 1.0, 3.0, 12.0])
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_flow_families_take_trailing_steps(family: str, shift: float, steps: int) -> None:
+    torch.manual_seed(0)
+    schedule = FlowSchedule(shift=shift)
+    grid = flow_grid(schedule, steps)
+    scheduler = student_scheduler(family, grid, schedule)
+    assert type(scheduler) is diffusers.FlowMatchEulerDiscreteScheduler
+    x, outputs = torch.randn(2, 3, 5), list(torch.randn(steps, 2, 3, 5))
+    want = _roll(grid, "flow", x, outputs)
+    torch.testing.assert_close(_run(scheduler, family, steps, x, outputs), want, rtol=1e-4, atol=1e-5)
+
+
+def test_wans_own_times_come_back_as_unipc_of_order_one() -> None:
+    schedule = FlowSchedule(shift=3.0)
+    grid = flow_grid(schedule, 8, "unipc")
+    scheduler = student_scheduler("wan", grid, schedule)
+    assert type(scheduler) is diffusers.UniPCMultistepScheduler
+    x, outputs = torch.randn(2, 3, 5), list(torch.randn(8, 2, 3, 5))
+    want = _roll(grid, "flow", x, outputs)
+    torch.testing.assert_close(_run(scheduler, "wan", 8, x, outputs), want, rtol=1e-3, atol=1e-4)
+
+
+def test_double_shifted_steps_come_back_as_the_scheduler_left_alone() -> None:
+    schedule = FlowSchedule(shift=3.0)
+    scheduler = student_scheduler("sd3", flow_grid(schedule, 4, "euler"), schedule)
+    assert scheduler.config.shift == 3.0 and scheduler.config.shift_terminal is None
+
+
+@pytest.mark.parametrize(
+    ("family", "base", "spacing", "steps"),
+    [
+        ("cogvideox", COGVIDEOX, "trailing", 8),
+        ("cogvideox", COGVIDEOX, "trailing", 1),
+        ("cogvideox", COGVIDEOX, "leading", 4),
+        ("pixart", PIXART, "trailing", 4),
+        ("pixart", PIXART, "linspace", 7),
+        ("dit", PIXART, "leading", 5),
+    ],
+)
+def test_vp_families(family: str, base: dict[str, Any], spacing: Any, steps: int) -> None:
+    torch.manual_seed(0)
+    schedule = schedule_of(base)
+    assert isinstance(schedule, VPSchedule)
+    grid = vp_grid(schedule, steps, spacing)
+    scheduler = student_scheduler(family, grid, schedule, base)
+    x, outputs = torch.randn(2, 3, 5), list(torch.randn(steps, 2, 3, 5))
+    want = _roll(grid, schedule.prediction, x, outputs)
+    torch.testing.assert_close(_run(scheduler, family, steps, x, outputs), want, rtol=2e-3, atol=2e-3)
+
+
+def test_all_fresh_noise_exports_the_sampler_that_renoises() -> None:
+    schedule = FlowSchedule(shift=2.0)
+    assert student_scheduler("wan", flow_grid(schedule, 4), schedule, eta=0.0).config.stochastic_sampling
+    assert not student_scheduler("wan", flow_grid(schedule, 4), schedule, eta=0.9).config.stochastic_sampling
+
+
+def test_other_steps_are_refused() -> None:
+    schedule = FlowSchedule(shift=3.0)
+    scheduler = student_scheduler("wan", flow_grid(schedule, 4), schedule)
+    assert visits(scheduler, "wan", schedule, flow_grid(schedule, 4))
+    assert not visits(scheduler, "wan", schedule, flow_grid(schedule, 8))
+    assert not visits(scheduler, "wan", schedule, flow_grid(FlowSchedule(shift=3.1), 4))
+    assert not visits(scheduler, "flux", schedule, flow_grid(schedule, 4))
+    with pytest.raises(ConfigError, match=r"no stock scheduler .*\(1000, 700, 200\)"):
+        student_scheduler("wan", Grid((1000, 700, 200), (0, 0.3, 0.8, 1), (1, 0.7, 0.2, 0), 0.0), schedule)
+    other = schedule_of({**PIXART, "beta_end": 0.03})
+    assert isinstance(other, VPSchedule)
+    with pytest.raises(ConfigError, match="no stock scheduler"):  # the base's betas are not the student's
+        student_scheduler("pixart", vp_grid(other, 4), other, PIXART)
+    with pytest.raises(ConfigError, match="without the base's"):
+        student_scheduler("pixart", vp_grid(other, 4), other)
+
+
+def test_dynamic_shift_at_one_resolution() -> None:
+    dynamic = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
+    assert fixed_shift(dynamic, 4096) == pytest.approx(math.exp(1.15))
+    assert fixed_shift(dynamic, 256) == pytest.approx(math.exp(0.5))
+    assert fixed_shift({"shift": 3.0}, 4096) == fixed_shift({"flow_shift": 3.0}, 1) == 3.0
+    # The same as what the scheduler does with mu.
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**dynamic)
+    scheduler.set_timesteps(sigmas=[1, 0.75, 0.5, 0.25], mu=1.15)
+    grid = flow_grid(FlowSchedule(shift=fixed_shift(dynamic, 4096)), 4)
+    assert grid.sigmas == pytest.approx(scheduler.sigmas.tolist(), rel=1e-5)
