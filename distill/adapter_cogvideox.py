@@ -62,7 +62,7 @@ class CogVideoXAdapter(Adapter):
 
         base = [config.get(name, size) // self.patch[1] for name, size in (("sample_height", 60), ("sample_width", 90))]
         if config.get("patch_size_t") is None:
-            how = {"crops_coords": get_resize_crop_region_for_grid(grid[1:], base[1], base[0])}
+            how: dict[str, Any] = {"crops_coords": get_resize_crop_region_for_grid(grid[1:], base[1], base[0])}
         else:
             how = {"crops_coords": None, "grid_type": "slice", "max_size": tuple(base)}
         cos, sin = get_3d_rotary_pos_embed(

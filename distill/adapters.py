@@ -161,7 +161,7 @@ class Adapter:
 
     def scheduler_config(self, latent: LatentConfig) -> dict[str, Any]:
         """The scheduler's configuration with a shift that depends on the number of tokens replaced by its value."""
-        config = dict(self.scheduler)
+        config = {k: v for k, v in self.scheduler.items() if k == "_class_name" or not k.startswith("_")}
         if not config.get("use_dynamic_shifting"):
             return config
         mu = self._mu(math.prod(self.token_grid(latent)))
@@ -328,7 +328,7 @@ def load_model(model: ModelConfig, *, meta: bool = False) -> tuple[nn.Module, Ad
             _cast(module, dtype)
         else:
             module = kind.from_pretrained(
-                str(model.path), subfolder="transformer", revision=model.revision, torch_dtype=dtype
+                files.location, subfolder="transformer", revision=model.revision, torch_dtype=dtype
             )
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise ConfigError(f"{model.path}: the transformer can't be made: {' '.join(str(error).split())}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,7 @@ INSTALL_VIDEO = "pip install imageio imageio-ffmpeg"
 
 def has_mp4() -> bool:
     """True where mp4 can be written."""
-    try:
-        import imageio.v3
-        import imageio_ffmpeg
-    except ImportError:
-        return False
-    return bool(imageio.v3) and bool(imageio_ffmpeg)
+    return all(find_spec(name) is not None for name in ("imageio", "imageio_ffmpeg"))
 
 
 def to_bytes(frames: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ class DryRun:
     tokens: int
     sparsity: float | None
     prompts: int | None
+    samples_per_update: int
+    "of all ranks"
     world: int
     memory: dict[str, int] = field(default_factory=dict)
     flops_per_update: int | None = None
@@ -81,7 +84,9 @@ class DryRun:
         ]
         rows += [(f"K = {k}", ", ".join(f"{t:.6g}" for t in times)) for k, times in self.times.items()]
         if self.prompts is not None:
-            rows.append(("prompts", f"{self.prompts:,}"))
+            updates = self.prompts / self.samples_per_update
+            said = f"{self.prompts:,}, seen once in {updates:.3g} updates of {self.samples_per_update}"
+            rows.append(("prompts", said))
         rows += [(f"memory: {name}", _size(size)) for name, size in self.memory.items()]
         rows.append(("memory per rank", f"about {_size(self.total_memory)}, {self.world} rank{'s' * (self.world > 1)}"))
         if self.flops_per_update and self.seconds_per_update and self.rate:
@@ -133,6 +138,7 @@ def dry_run(config: RunConfig, world: int = 1, *, rate: float | None = None) -> 
         tokens=tokens,
         sparsity=config.sparsity.options().get("sparsity"),
         prompts=prompts,
+        samples_per_update=world * config.loop.batch_size * config.loop.grad_accumulation,
         world=world,
         memory=memory(config, model, adapter, trained, cost, world),
         flops_per_update=flops,
@@ -181,10 +187,12 @@ def _sites(model: nn.Module, grid: tuple[int, int, int], cost: Pass | None) -> t
     if not own:
         found = sorted({(call.queries, call.keys) for call in cost.calls})
         raise ConfigError(
-            f"no attention over the {free:,} tokens of the grid {grid} was found (queries, keys: {found or 'no call'}); the "
-            " adapter's token_grid has to multiply to the token count"
+            f"no attention over the {free:,} tokens of the grid {grid} was found (queries, keys: {found or 'none'}); "
+            "the adapter's token_grid has to multiply to the token count"
         )
-    return len(own), len(cost.calls) - len(own), max(call.queries for call in own)
+    longest = max(call.queries for call in own)
+    own = [call for call in own if call.queries in {free, longest}]  # not the refiner of a text longer than the grid
+    return len(own), len(cost.calls) - len(own), longest
 
 
 def _cost(config: RunConfig, model: nn.Module, adapter: Adapter) -> tuple[Pass | None, str]:
@@ -197,16 +205,19 @@ def _cost(config: RunConfig, model: nn.Module, adapter: Adapter) -> tuple[Pass |
         with torch.device("meta"):
             condition = adapter.conditions(example_embeddings(adapter, batch, _dtype(model)), config.latent)
         condition = {name: _to_meta(value) for name, value in condition.items()}
-        run = lambda: adapter.call(model, x, time, condition, config.method.embedded_guidance)  # noqa: E731
-        return forward_cost(run, model), "counted in a forward pass on the meta device"
+        call = partial(adapter.call, model, x, time, condition, config.method.embedded_guidance)
+        return forward_cost(call, model), "counted in a forward pass on the meta device"
     except ConfigError:
         raise
     except Exception as error:  # noqa: BLE001 - models are free to read values, which meta tensors lack
-        return None, f"by module names: the model can't run on meta, {type(error).__name__}"
+        said = f"{type(error).__name__}: {error}".split("\n")[0][:100]
+        return None, f"by module names: the model can't run on meta, {said}"
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in model.parameters()), torch.float32)
+    """Of the largest parameter: some of the small ones stay in fp32."""
+    largest = max(model.parameters(), key=Tensor.numel, default=None)
+    return torch.float32 if largest is None else largest.dtype
 
 
 def _to_meta(value: Any) -> Any:

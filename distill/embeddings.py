@@ -201,8 +201,7 @@ class Embeddings:
                 place = _Place(self.folder / shard["file"], row, item["text"], item["lengths"])
                 self._places[item["key"]] = place
         self._keys, self._negative = index["prompts"], index["negative"]
-        self.encoder: str = index["encoder"]
-        "fingerprint of what made them"
+        self.encoder: str = index["encoder"]  # fingerprint of what made them
 
     def _index(self) -> dict[str, Any]:
         path = self.folder / "index.json"

@@ -15,6 +15,7 @@ from blade_compile.distill.adapters import Adapter, load_adapter
 from blade_compile.distill.config import RunConfig
 from blade_compile.distill.embeddings import Encoder, prepare
 from blade_compile.distill.errors import ConfigError, DataError
+from blade_compile.distill.model_files import ModelFiles
 from blade_compile.distill.prompts import read_prompts
 
 _LEFT_OUT = ("transformer", "transformer_2", "vae", "image_encoder")
@@ -24,16 +25,13 @@ def text_pipeline(config: RunConfig) -> Any:
     """The pipeline with its text encoders alone. Raises ``ConfigError`` where the folder can't be loaded."""
     import diffusers
 
-    without: dict[str, Any] = dict.fromkeys(_LEFT_OUT)
-    index = Path(str(config.model.path)) / "model_index.json"
-    if index.is_file():
-        named = json.loads(index.read_text(encoding="utf-8"))
-        without = {name: None for name in without if name in named}
-    else:
-        without = {"transformer": None, "vae": None}
+    files = ModelFiles(str(config.model.path), config.model.revision)
+    index = files.json("model_index.json")
+    kind = getattr(diffusers, str(index.get("_class_name")), None) or diffusers.DiffusionPipeline
+    without: dict[str, Any] = {name: None for name in _LEFT_OUT if name in index}
     try:
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            config.model.path,
+        pipeline = kind.from_pretrained(
+            files.location,
             revision=config.model.revision,
             torch_dtype=getattr(torch, config.model.dtype),
             trust_remote_code=config.model.trust_code,

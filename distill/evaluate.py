@@ -1,6 +1,6 @@
 """Compare models at equal prompts and seeds: PSNR, SSIM, latent MMD, time and memory, in one table and one JSON.
 
-``evaluate_export`` compares the student sparse, the same student dense, and its teacher; ``evaluate`` any named models.
+``evaluate_student`` compares the student sparse, the same student dense, and its teacher; ``evaluate`` any models.
 Every sample is kept on disk as it is made, so a stopped evaluation goes on where it was, and only one model is loaded
 at a time.
 """
@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import gc
 import json
-import math
 import resource
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -25,10 +25,25 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from blade_compile.distill.clips import slug
+from blade_compile.distill.clips import slug, suffix_for
 from blade_compile.distill.errors import DataError
-from blade_compile.distill.generate import Sample, load_student, load_teacher
+from blade_compile.distill.export import fingerprint, read_record
+from blade_compile.distill.generate import LoadedModel, Sample, load_student, load_teacher
 from blade_compile.distill.metrics import mmd, psnr, ssim
+from blade_compile.distill.vbench import (
+    VBENCH,
+    VBENCH2,
+    Clip,
+    Suite,
+    find_info,
+    lay_out,
+    plan,
+    read_info,
+    read_results,
+    scores,
+    table,
+)
+from blade_compile.distill.vbench import run as run_vbench
 
 Sampler = Callable[[str, int], Sample]
 """Draws a sample of a prompt with a seed"""
@@ -54,8 +69,8 @@ class ModelResult:
     samples: int
     seconds: float
     "median of a sample, without the first call, which compiles"
-    first_seconds: float
-    "of the first call"
+    first_seconds: float | None
+    "of the first call; None where it wasn't timed"
     peak_bytes: int | None
     "largest memory while sampling: of the device, or of the process on the CPU; None where it can't be read"
 
@@ -68,7 +83,8 @@ class PairResult:
     reference: str
     psnr: Spread
     "dB, of 8-bit frames at equal seeds; equal frames count as 100"
-    ssim: Spread
+    ssim: Spread | None
+    "None for frames of less than 11 x 11"
     mmd: float | None
     "squared MMD of the latents; None with fewer than two samples or where the latents differ in size"
 
@@ -97,11 +113,13 @@ class Evaluation:
         ]
         for m in self.models:
             peak = "-" if m.peak_bytes is None else f"{m.peak_bytes / 2**30:.2f} GiB"
-            lines.append(f"| {m.name} | {m.samples} | {m.seconds:.3g} | {m.first_seconds:.3g} | {peak} |")
+            first = "-" if m.first_seconds is None else f"{m.first_seconds:.3g}"
+            lines.append(f"| {m.name} | {m.samples} | {m.seconds:.3g} | {first} | {peak} |")
         lines += ["", "| model | against | PSNR (dB) | SSIM | latent MMD² |", "| --- | --- | --- | --- | --- |"]
         for p in self.pairs:
             distance = "-" if p.mmd is None else f"{p.mmd:.3g}"
-            lines.append(f"| {p.name} | {p.reference} | {p.psnr} | {p.ssim} | {distance} |")
+            likeness = "-" if p.ssim is None else str(p.ssim)
+            lines.append(f"| {p.name} | {p.reference} | {p.psnr} | {likeness} | {distance} |")
         return "\n".join(lines) + "\n"
 
 
@@ -148,7 +166,7 @@ def _seconds(path: Path, prompt: str) -> float | None:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             return float(metadata["seconds"]) if metadata.get("prompt") == prompt else None
-    except Exception as error:  # noqa: BLE001  (safetensors raises its own type for a broken file)
+    except Exception as error:  # safetensors has a type of its own for a broken file
         raise DataError(f"can't read {path}: {error}; remove it to draw it again") from error
 
 
@@ -161,7 +179,12 @@ def _paths(folder: Path, prompts: Sequence[str], seeds: Sequence[int]) -> list[t
 
 
 def sample_all(
-    name: str, load: Callable[[], Sampler], prompts: Sequence[str], seeds: Sequence[int], folder: Path
+    name: str,
+    load: Callable[[], Sampler],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    folder: Path,
+    identity: str = "",
 ) -> ModelResult:
     """Draw every prompt with every seed into ``folder``; what is there is kept.
 
@@ -170,10 +193,17 @@ def sample_all(
         load: called once, when there is something to draw.
         prompts, seeds: what to draw.
         folder: of this model's samples.
+        identity: of the weights and settings; samples of another are not taken for its own.
+
+    Raises:
+        DataError: the folder is another model's, or can't be read or written.
     """
-    items, sampler, peak = _paths(folder, prompts, seeds), None, _Peak()
+    items, peak = _paths(folder, prompts, seeds), _Peak()
+    sampler: Sampler | None = None
     cost = folder / "cost.json"
     known: dict[str, Any] = json.loads(cost.read_text(encoding="utf-8")) if cost.is_file() else {}
+    if known.setdefault("identity", identity) != identity:
+        raise DataError(f"{folder} holds samples of {known['identity']!r}, not of {identity!r}; give another folder")
     seconds = []
     for path, prompt, seed in items:
         took = _seconds(path, prompt)
@@ -194,7 +224,7 @@ def sample_all(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return ModelResult(
-        name, len(items), median(seconds), known.get("first_seconds", math.nan), known.get("peak_bytes")
+        name, len(items), median(seconds), known.get("first_seconds"), known.get("peak_bytes")
     )  # fmt: skip
 
 
@@ -220,13 +250,15 @@ def compare(name: str, reference: str, ours: Sequence[Path], theirs: Sequence[Pa
             )
         x, y = (t["frames"].movedim(-1, 1).unsqueeze(0) for t in (a, b))  # [1, T, C, H, W]
         ratios.append(min(float(psnr(x, y, 255.0)), 100.0))
-        likenesses.append(float(ssim(x, y, 255.0)) if min(x.shape[-2:]) >= 11 else math.nan)
+        if min(x.shape[-2:]) >= 11:
+            likenesses.append(float(ssim(x, y, 255.0)))
         latents.append((a["latents"], b["latents"]))
     fit = len(latents) > 1 and all(a.numel() == b.numel() == latents[0][0].numel() for a, b in latents)
     distance = None
     if fit:
         distance = mmd(torch.stack([a.flatten() for a, _ in latents]), torch.stack([b.flatten() for _, b in latents]))
-    return PairResult(name, reference, _spread(ratios), _spread(likenesses), distance)
+    whole = len(likenesses) == len(ratios)
+    return PairResult(name, reference, _spread(ratios), _spread(likenesses) if whole else None, distance)
 
 
 def evaluate(
@@ -234,6 +266,7 @@ def evaluate(
     prompts: Sequence[str],
     seeds: Sequence[int],
     out: str | Path,
+    identity: str = "",
 ) -> Evaluation:
     """Draw from every model and compare each with every later one.
 
@@ -243,6 +276,7 @@ def evaluate(
         prompts: what to draw.
         seeds: each prompt is drawn with each.
         out: folder for the samples, ``evaluation.json`` and ``evaluation.md``.
+        identity: of the models' weights and settings, so that a later run doesn't take these samples for its own.
 
     Raises:
         DataError: no prompts or seeds, frames that don't compare, or a folder that can't be written.
@@ -251,7 +285,7 @@ def evaluate(
         raise DataError(f"found {len(prompts)} prompts and {len(seeds)} seeds; give one or more of each")
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    costs = [sample_all(name, load, prompts, seeds, folder / slug(name)) for name, load in models.items()]
+    costs = [sample_all(name, load, prompts, seeds, folder / slug(name), identity) for name, load in models.items()]
     files = {name: [path for path, _, _ in _paths(folder / slug(name), prompts, seeds)] for name in models}
     pairs = [compare(a, b, files[a], files[b]) for a, b in combinations(models, 2)]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
@@ -261,7 +295,7 @@ def evaluate(
     return result
 
 
-def evaluate_export(
+def evaluate_student(
     export: str | Path,
     prompts: Sequence[str],
     seeds: Sequence[int],
@@ -288,7 +322,7 @@ def evaluate_export(
         device: None: cuda where there is one.
     """
     common = {"base": base, "compiled": compiled, "device": device}
-    steps = load_steps(export)
+    steps = read_record(export)["steps"]
     models: dict[str, Callable[[], Sampler]] = {
         f"student sparse, {steps} steps": partial(load_student, export, sparse=True, **common),
         f"student dense, {steps} steps": partial(load_student, export, sparse=False, **common),
@@ -302,11 +336,118 @@ def evaluate_export(
             negative_prompt=negative_prompt,
             **common,
         )
-    return evaluate(models, prompts, seeds, out)
+    identity = f"{fingerprint(export)}, base {base}, {compiled=}, {teacher_cfg_scale=}, {negative_prompt=}"
+    return evaluate(models, prompts, seeds, out, identity)
 
 
-def load_steps(export: str | Path) -> int:
-    """K of an export."""
-    from blade_compile.distill.export import read_record
+def score_by_vbench(
+    suite: Suite,
+    export: str | Path,
+    out: str | Path,
+    python: str | Path,
+    *,
+    base: str | None = None,
+    teacher_steps: int = 50,
+    dimensions: Sequence[str] = (),
+    info: str | Path | None = None,
+    checkout: str | Path | None = None,
+    device: str | None = None,
+) -> tuple[str, list[str]]:
+    """Draw a suite's clips from teacher and student, score them in the other interpreter, and put both in one table.
 
-    return int(read_record(export)["steps"])
+    Args:
+        suite: ``vbench.VBENCH`` or ``vbench.VBENCH2``.
+        export: folder of the export.
+        out: folder for clips and results, one below it for each model. A stopped run goes on.
+        python: interpreter that has the suite.
+        base, teacher_steps, device: as in ``evaluate_student``.
+        dimensions: some of the suite's; empty: all.
+        info: the suite's full_info.json; None: asked from the interpreter.
+        checkout: folder to run the suite in; VBench-2.0 wants its checkout.
+
+    Returns:
+        The table, and what failed as ``model/dimension``.
+    """
+    source = Path(info) if info else find_info(suite, str(python), checkout)
+    clips = plan(suite, read_info(source), dimensions=dimensions or None, suffix=suffix_for(video=True))
+    models: dict[str, Callable[[], LoadedModel]] = {
+        "teacher": partial(load_teacher, export, base=base, steps=teacher_steps, device=device),
+        "student": partial(load_student, export, base=base, device=device),
+    }
+    found, failed = {}, []
+    for name, load in models.items():
+        folder = Path(out) / name
+        _draw_clips(suite, clips, load, folder, f"{name} {fingerprint(export)}, base {base}, {teacher_steps} steps")
+        failed += [f"{name}/{d}" for d in run_vbench(suite, clips, folder, str(python), info=source, checkout=checkout)]
+        found[name] = scores(suite, read_results(suite, folder))
+    text = table(suite, found)
+    (Path(out) / f"{suite.name}.md").write_text(text, encoding="utf-8")
+    plain = {name: asdict(model) for name, model in found.items()}
+    (Path(out) / f"{suite.name}.json").write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+    return text, failed
+
+
+def _draw_clips(suite: Suite, clips: Sequence[Clip], load: Callable[[], LoadedModel], folder: Path, model: str) -> None:
+    """Draw what is missing; the model is loaded at the first clip and freed at the end."""
+    loaded: list[LoadedModel] = []
+
+    def draw(prompt: str, seed: int) -> Tensor:
+        if not loaded:
+            loaded.append(load())
+        return loaded[0](prompt, seed).frames
+
+    lay_out(suite, clips, draw, folder, model=model)
+    loaded.clear()
+    gc.collect()
+
+
+def evaluate_export(
+    export: str | Path,
+    prompts: Sequence[str],
+    out: str | Path,
+    *,
+    base: str | None = None,
+    seeds: int = 1,
+    teacher_steps: int = 50,
+    vbench: str | None = None,
+    vbench_python: str | Path | None = None,
+    dimensions: Sequence[str] = (),
+    device: str | None = None,
+) -> None:
+    """What ``blade-distill eval`` does; the tables go to the terminal, too.
+
+    Args:
+        export: folder of the export.
+        prompts: what to draw.
+        out: folder of the results.
+        base: the teacher, where it is not the one that the export names.
+        seeds: clips per prompt; their seeds are 0, 1, ..
+        teacher_steps: of the teacher.
+        vbench: ``1`` for VBench, ``2`` for VBench-2.0, None for neither.
+        vbench_python: interpreter that has it; for VBench-2.0 its checkout is the working directory.
+        dimensions: of VBench; empty: all.
+        device: None: cuda where there is one.
+
+    Raises:
+        DataError: VBench failed on a dimension; the others are in the table.
+    """
+    result = evaluate_student(
+        export, prompts, range(seeds), out, base=base, teacher_steps=teacher_steps, device=device
+    )  # fmt: skip
+    sys.stdout.write(result.markdown())
+    if vbench is None:
+        return
+    suite, folder = (VBENCH2 if vbench == "2" else VBENCH), Path(out) / f"vbench{vbench}"
+    text, failed = score_by_vbench(
+        suite,
+        export,
+        folder,
+        str(vbench_python),
+        base=base,
+        teacher_steps=teacher_steps,
+        dimensions=dimensions,
+        device=device,
+    )
+    sys.stdout.write(f"\n{text}")
+    if failed:
+        raise DataError(f"{suite.name} failed on {', '.join(failed)}; see logs/ in {folder}, and repeat the command")

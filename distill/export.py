@@ -15,6 +15,7 @@ The folder is written beside and renamed, so there is never half an export, and 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -28,7 +29,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from blade_compile.distill.config import SparsityConfig
+from blade_compile.distill.config_sections import SparsityConfig
 from blade_compile.distill.errors import ConfigError
 from blade_compile.distill.grids import Grid
 from blade_compile.distill.model_card import model_card
@@ -55,10 +56,8 @@ def _unwrapped(student: nn.Module) -> nn.Module:
         return _unwrapped(inner)
     if isinstance(student, nn.parallel.DistributedDataParallel):
         return _unwrapped(student.module)
-    if hasattr(student, "get_base_model"):
-        base: nn.Module = student.get_base_model()
-        return base
-    return student
+    base_model = getattr(student, "get_base_model", None)
+    return base_model() if callable(base_model) else student
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -187,7 +186,7 @@ def _save_lora(model: nn.Module, tensors: Mapping[str, Tensor], adapter: str, fa
     )
 
 
-def _save_full(model: nn.Module, tensors: Mapping[str, Tensor], class_name: str | None, to: Path) -> None:
+def _save_full(model: Any, tensors: Mapping[str, Tensor], class_name: str | None, to: Path) -> None:
     """A diffusers model folder, in shards where it is large, without building the model a second time."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
@@ -357,7 +356,7 @@ def export(
             _save_lora(model, tensors, name, known, beside)
         else:
             whole = tensors if name is None else merged(model, tensors, name)
-            _save_full(model, whole, known and known.transformer, beside / "transformer")
+            _save_full(model, whole, None if known is None else known.transformer, beside / "transformer")
         if scheduler is not None:
             scheduler.save_pretrained(beside / "scheduler")
         if known is not None and not as_lora:
@@ -389,3 +388,13 @@ def read_record(folder: str | Path) -> dict[str, Any]:
         found = record.get("format") if isinstance(record, dict) else type(record).__name__
         raise ConfigError(f"{path} has the format {found!r}; this version reads {FORMAT}")
     return record
+
+
+def fingerprint(folder: str | Path) -> str:
+    """A short name for what an export holds: changes with its record and whenever its weights are written anew."""
+    root = Path(folder)
+    digest = hashlib.sha256((root / RECORD).read_bytes())
+    for path in sorted(root.rglob("*.safetensors")):
+        state = path.stat()
+        digest.update(f"{path.relative_to(root)} {state.st_size} {state.st_mtime_ns}".encode())
+    return digest.hexdigest()[:12]

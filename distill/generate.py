@@ -16,7 +16,7 @@ from torch import Tensor
 from blade_compile import generation
 from blade_compile.distill import clips
 from blade_compile.distill.errors import ConfigError, DataError
-from blade_compile.distill.export import read_record
+from blade_compile.distill.export import fingerprint, read_record
 from blade_compile.distill.grids import Grid
 from blade_compile.distill.pipelines import PipelineFamily, call_arguments, classes, load_scheduler, pipeline_family
 from blade_compile.distill.samplers import student_scheduler
@@ -50,6 +50,8 @@ class LoadedModel:
     negative_prompt: str = ""
     size: Mapping[str, int] = field(default_factory=dict)
     sparse: bool = False
+    identity: str = ""
+    "of the weights and of how they run, so that samples of two models never mix in a folder"
 
     def __call__(self, prompt: str, seed: int, size: Mapping[str, int] | None = None) -> Sample:
         """Draw one sample.
@@ -85,7 +87,8 @@ class _LastStep:
     """Keeps the latents that a scheduler's last step returned: every pipeline has a scheduler, few have callbacks."""
 
     def __init__(self, scheduler: Any) -> None:
-        self.scheduler, self._latents = scheduler, None
+        self.scheduler = scheduler
+        self._latents: Tensor | None = None
 
     def __enter__(self) -> None:
         step = self.scheduler.step
@@ -104,8 +107,7 @@ class _LastStep:
     def latents(self) -> Tensor:
         if self._latents is None:
             raise ConfigError("the pipeline made no step; num_inference_steps has to be 1 or more")
-        last: Tensor = self._latents
-        return last[:1].detach().float().cpu()[0]
+        return self._latents[0].detach().float().cpu()
 
 
 def _base_of(record: Mapping[str, Any], base: str | None) -> str:
@@ -206,6 +208,8 @@ def load_student(
         record.get("embedded_guidance"),
         size=_size(record),
         sparse=sparse,
+        identity=f"student {fingerprint(path)}, {steps or record['steps']} steps, {'sparse' if sparse else 'dense'}"
+        + (f", {dict(options)}" if sparse and options else ""),
     )
 
 
@@ -233,7 +237,8 @@ def load_teacher(
     record = read_record(folder)
     family = pipeline_family(str(record["family"]))
     dtype = _DTYPES[record.get("dtype") or "bfloat16"]
-    pipe = _load_pipeline(classes(family)[0], _base_of(record, base), torch_dtype=dtype)
+    source = _base_of(record, base)
+    pipe = _load_pipeline(classes(family)[0], source, torch_dtype=dtype)
     pipe.to(_device(device))
     pipe.set_progress_bar_config(disable=True)
     if compiled:
@@ -247,6 +252,7 @@ def load_teacher(
         record.get("embedded_guidance"),
         negative_prompt,
         _size(record),
+        identity=f"teacher {source}, {steps} steps, guidance {scale}",
     )
 
 
@@ -266,12 +272,14 @@ class Written:
     prompt: str
     seed: int
     seconds: float
+    model: str
+    "``LoadedModel.identity``"
 
 
 def _old_entries(manifest: Path) -> dict[str, dict[str, Any]]:
     try:
         found = json.loads(manifest.read_text(encoding="utf-8"))
-        return {entry["file"]: entry for entry in found}
+        return {entry["file"]: asdict(Written(**entry)) for entry in found}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -303,12 +311,16 @@ def generate(
         What is in the folder now, in the order of prompts and seeds.
 
     Raises:
-        DataError: no prompts, or the folder can't be written.
+        DataError: no prompts, the folder can't be written, or a file in it is another model's.
     """
     if not prompts:
         raise DataError("there are no prompts to sample; give one or more")
     target, ending = Path(out), clips.suffix_for(model.family.video, suffix)
     manifest = target / "prompts.json"
+    try:
+        target.mkdir(parents=True, exist_ok=True)  # fail before anything is sampled
+    except OSError as error:
+        raise DataError(f"can't write {target}: {error.strerror or error}; give another folder") from error
     known, done = _old_entries(manifest), []
     chosen = list(seeds)
     names = _unique_slugs(prompts)
@@ -316,15 +328,38 @@ def generate(
         for seed in chosen:
             file = f"{names[i]}-{seed}{ending}"
             before = known.get(file)
-            if before is not None and before["prompt"] == prompt and (target / file).is_file():
+            if before is not None and (target / file).is_file():
+                if (before["prompt"], before["model"]) != (prompt, model.identity):
+                    raise DataError(f"{target / file} is of {before['model']!r}; give another folder or remove it")
                 done.append(Written(**before))
                 continue
             sample = model(prompt, seed, sizes[i] if sizes else None)
             clips.write(sample.frames, target / file, fps or model.family.fps or 8)
-            done.append(Written(file, prompt, seed, round(sample.seconds, 3)))
+            done.append(Written(file, prompt, seed, round(sample.seconds, 3), model.identity))
             known[file] = asdict(done[-1])
             _write_manifest(manifest, list(known.values()))
     return done
+
+
+def generate_from_export(
+    export: str | Path,
+    prompts: Sequence[str],
+    out: str | Path,
+    *,
+    base: str | None = None,
+    seeds: Iterable[int] = (0,),
+    sparse: bool = True,
+    device: str | None = None,
+) -> list[Path]:
+    """Load an export and sample from it: what ``blade-distill generate`` does.
+
+    Returns:
+        The files.
+    """
+    if not prompts:
+        raise DataError("there are no prompts to sample; give one or more")
+    model = load_student(export, base=base, sparse=sparse, compiled=False, device=device)
+    return [Path(out) / made.file for made in generate(model, prompts, out, seeds=seeds)]
 
 
 def _unique_slugs(prompts: Sequence[str]) -> list[str]:

@@ -72,32 +72,29 @@ def model_card(record: Mapping[str, Any], family: PipelineFamily | None) -> str:
         record: the content of ``blade.json``.
         family: of the model; None for one of the user's own.
     """
-    steps, options = record["steps"], record["options"]
-    parts = [
-        _front_matter(record, family),
-        f"# {steps}-step student of {record.get('base_model') or record.get('factory') or 'a model'}",
-        "Made with `blade-distill`: Trajectory Distribution Matching, without data, with block-sparse attention in the"
-        " loop.",
+    steps, shift, embedded = record["steps"], record["shift"], record["embedded_guidance"]
+    made = "Made with `blade-distill`: data-free Trajectory Distribution Matching of a student with sparse attention."
+    exact = (
+        "A few-step student knows only the steps that it was trained on. The scheduler in `scheduler/` takes them;"
+        " another one, another number of steps or guidance gives worse results."
+    )
+    facts = [
+        f"- steps: {steps}, at times {_numbers(record['timesteps'])}",
+        f"- noise levels: {_numbers(record['sigmas'])}",
+        f"- shift: {'none (variance preserving)' if shift is None else shift}",
+        f"- guidance: 1 (none); the teacher's {record['teacher_cfg_scale']} is trained in",
+        f"- embedded guidance: {'none' if embedded is None else embedded}",
     ]
+    if 0 < record["eta"] < 1:
+        facts.append(f"- noise: fresh noise was mixed in while training (eta {record['eta']:g}), not by the scheduler")
+    title = f"# {steps}-step student of {record.get('base_model') or record.get('factory') or 'a model'}"
+    parts = [_front_matter(record, family), title, made]
     if family is not None:
+        sparse = f'pipe.transformer.compile(\n    backend="blade",\n    options={record["options"]!r},\n)'
         parts += [
             "## Without blade (dense attention)",
             f"```python\n{loading_code(record, family)}\n{_call(record, family)}\n```",
             "## With block-sparse attention, as it was trained",
-            f'After the lines above, before the call:\n\n```python\npipe.transformer.compile(backend="blade", options={options!r})\n```',
+            f"After the lines above, before the call:\n\n```python\n{sparse}\n```",
         ]
-    parts += [
-        "## What it must be run with",
-        "A few-step student knows only the steps that it was trained on. The scheduler in `scheduler/` takes them;"
-        " another one, another number of steps or guidance gives worse results.",
-        f"- steps: {steps}, at times {_numbers(record['timesteps'])}\n"
-        f"- noise levels: {_numbers(record['sigmas'])}\n"
-        f"- shift: {record['shift'] if record['shift'] is not None else 'none (variance preserving)'}\n"
-        f"- guidance: 1 (none); the teacher's {record['teacher_cfg_scale']} is trained in\n"
-        f"- embedded guidance: {record['embedded_guidance'] if record['embedded_guidance'] is not None else 'none'}",
-    ]
-    if 0 < record["eta"] < 1:
-        parts.append(
-            f"The training mixed fresh noise into each step (eta {record['eta']:g}); the scheduler is deterministic."
-        )
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*parts, "## What it must be run with", exact, "\n".join(facts)]) + "\n"

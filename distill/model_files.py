@@ -32,6 +32,11 @@ class ModelFiles:
         """Whether the source is a folder on this machine."""
         return Path(self.source).expanduser().is_dir()
 
+    @property
+    def location(self) -> str:
+        """What diffusers' ``from_pretrained`` takes."""
+        return str(Path(self.source).expanduser()) if self.is_local else self.source
+
     def json(self, name: str, optional: bool = False) -> dict[str, Any]:
         """The content of a JSON file; {} where an optional one is missing.
 

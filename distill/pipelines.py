@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,8 +131,12 @@ def load_scheduler(folder: str | Path) -> Any:
     """The scheduler that a ``scheduler_config.json`` describes, of the class that it names."""
     import diffusers
 
-    config = diffusers.ConfigMixin.load_config(folder)
+    path = Path(folder) / "scheduler_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"can't read {path}: {error}; export the student again") from error
     name = str(config.get("_class_name"))
     if not hasattr(diffusers, name):
-        raise ConfigError(f"{folder}/scheduler_config.json names {name!r}, which this diffusers doesn't have")
+        raise ConfigError(f"{path} names {name!r}, which this diffusers doesn't have; install a newer one")
     return getattr(diffusers, name).from_config(config)

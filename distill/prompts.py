@@ -110,8 +110,8 @@ def _parquet(file: Path) -> Iterator[tuple[str, Any]]:
 def read_parquet(file: Path, what: str) -> Iterator[dict[str, Any]]:
     """Rows of a Parquet file. Raises ``DataError`` without pyarrow, and for a damaged file."""
     try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
+        from pyarrow import ArrowException  # type: ignore[import-not-found, import-untyped, unused-ignore]
+        from pyarrow.parquet import ParquetFile  # type: ignore[import-not-found, import-untyped, unused-ignore]
     except ImportError:
         raise DataError(f"{what}: {file} is Parquet, which needs pyarrow: pip install pyarrow") from None
     try:

@@ -53,9 +53,10 @@ def trailing_by_terminal(shift: float, steps: int, horizon: float = 1000.0) -> d
 def _flow_candidates(family: str | None, schedule: FlowSchedule, steps: int, eta: float) -> Iterator[Any]:
     from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
-    common = {"num_train_timesteps": int(schedule.horizon), "stochastic_sampling": eta == 0}
+    common: dict[str, Any] = {"num_train_timesteps": int(schedule.horizon), "stochastic_sampling": eta == 0}
     if family not in PASSES_SIGMAS and steps > 1:
-        yield FlowMatchEulerDiscreteScheduler(**common, **trailing_by_terminal(schedule.shift, steps, schedule.horizon))
+        shifts: dict[str, Any] = {**trailing_by_terminal(schedule.shift, steps, schedule.horizon)}
+        yield FlowMatchEulerDiscreteScheduler(**common, **shifts)
     yield FlowMatchEulerDiscreteScheduler(**common, shift=schedule.shift)
     if eta > 0:
         yield UniPCMultistepScheduler(
@@ -69,7 +70,7 @@ def _vp_candidates(family: str | None, base: Mapping[str, Any], steps: int) -> I
 
     kept = {key: base[key] for key in _VP_KEYS if base.get(key) is not None}
     plain = {key: value for key, value in kept.items() if key != "snr_shift_scale"}
-    ends = {"clip_sample": False, "set_alpha_to_one": True}  # the last step ends at the clean sample
+    ends: dict[str, Any] = {"clip_sample": False, "set_alpha_to_one": True}  # the last step ends at the clean sample
     for spacing in ("trailing", "leading"):
         offset = int(base.get("steps_offset", 0)) if spacing == "leading" else 0
         given = {**ends, "timestep_spacing": spacing, "steps_offset": offset}
@@ -139,22 +140,3 @@ def student_scheduler(
         f"no stock scheduler of diffusers takes the {grid.steps} steps that the student was trained on ({times}) in the"
         f" {family or 'custom'} pipeline; train on flow_grid or vp_grid with trailing spacing and this model's shift"
     )
-
-
-def fixed_shift(config: Mapping[str, Any], tokens: int) -> float:
-    """The shift of a flow-matching scheduler at one resolution.
-
-    Flux, LTX and others let the shift grow with the number of tokens (``use_dynamic_shifting``); at one resolution it
-    is the constant exp(mu), mu linear in the tokens.
-
-    Args:
-        config: the base model's scheduler configuration.
-        tokens: tokens of the latent image or clip.
-    """
-    if not config.get("use_dynamic_shifting"):
-        return float(config.get("flow_shift", config.get("shift", 1.0)))
-    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    base, top = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    mu = base + (top - base) * (tokens - low) / (high - low)
-    kind = config.get("time_shift_type", "exponential")
-    return float(torch.tensor(mu, dtype=torch.float64).exp()) if kind == "exponential" else float(mu)

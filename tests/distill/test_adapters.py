@@ -19,6 +19,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from blade_compile.distill import config as run_config
+from blade_compile.distill import dry_run
 from blade_compile.distill.adapters import Adapter, adapter_of, family_of, load_adapter, load_model
 from blade_compile.distill.config_sections import LatentConfig, ModelConfig
 from blade_compile.distill.digits_model import DigitsConfig, DigitsTransformer
@@ -295,7 +297,9 @@ def test_calls_the_transformer_as_the_pipeline_does(make: Callable[[], Family]) 
     assert len(calls) == grid.steps == steps
     condition = adapter.conditions(family.embeddings, family.latent)
     for i, call in enumerate(calls):
-        time = torch.tensor([grid.times[i]], dtype=torch.float64)
+        exact = float(family.scheduler.timesteps[i])  # a shift rounds differently as a number than by exp(mu)
+        assert grid.times[i] == pytest.approx(exact, rel=1e-6)
+        time = torch.tensor([exact], dtype=torch.float64)
         ours = Recorder(model)
         prediction = adapter.call(ours, call["hidden_states"], time, condition, family.guidance)
         assert prediction.shape == family.shape
@@ -342,6 +346,21 @@ def test_takes_any_real_time_and_a_batch(make: Callable[[], Family]) -> None:
         single = adapter.call(model, x[i : i + 1], time[i : i + 1], alone, family.guidance)
         torch.testing.assert_close(batched[i : i + 1], single, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(batched, adapter.call(model, x, time + 5, condition, family.guidance))
+
+
+@pytest.mark.parametrize("make", FAMILIES, ids=lambda make: make.__name__)
+def test_example_embeddings_fit_and_the_dry_run_counts_the_attention(make: Callable[[], Family]) -> None:
+    """Two blocks or fewer, so one or two self-attention calls over the whole grid; cross-attention beside it."""
+    family, model, adapter = build(make)
+    config = run_config.load(None, ["model.path=x", "data.prompts=p.txt", "parallel.mixed_precision=float32"])
+    changed = config.model_copy(update={"latent": family.latent})
+    cost, said = dry_run._cost(changed, model.to("meta"), adapter)
+    assert cost is not None, said
+    sites, _, tokens = dry_run._sites(model, family.grid, cost)
+    assert sites in {1, 2} and tokens >= math.prod(family.grid) and cost.saved_bytes > 0
+    example = adapter.example_embeddings(2, torch.float32)
+    assert example.keys() == family.embeddings.keys()
+    assert all(len(tensor) == 2 and tensor.dim() == family.embeddings[name].dim() for name, tensor in example.items())
 
 
 @pytest.mark.parametrize("make", [hunyuan_video, flux])

@@ -56,7 +56,7 @@ def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: Captu
     [
         ("init", ["PRESET", "--out", "--list", "--json-schema", "what it means"]),
         ("prepare", ["--config", "[KEY=VALUE]", "Embed the prompts once"]),
-        ("train", ["--config", "[KEY=VALUE]", "--dry-run", "--resume", "auto|never|PATH", "memory and time per rank"]),
+        ("train", ["--config", "[KEY=VALUE]", "--dry-run", "--resume", "auto|never|PATH", "--dry-run"]),
         ("export", ["RUN", "--out", "--step", "--merge", "stock diffusers"]),
         ("generate", ["EXPORT", "--prompt", "--prompts", "--seed", "--sparse", "--dense"]),
         ("eval", ["EXPORT", "--vbench", "--vbench-python", "--dimension", "PSNR"]),

@@ -60,6 +60,7 @@ def test_figures_of_a_model(wan: Path) -> None:
     assert (report.sites, report.other_sites) == (3, 3) and "meta" in report.sites_from
     assert report.times == {4: tuple(pytest.approx(3000 * u / (1 + 2 * u)) for u in (1, 0.75, 0.5, 0.25))}
     assert report.sparsity == 0.75
+    assert report.samples_per_update == 2 and ("prompts", "3, seen once in 1.5 updates of 2") in report.rows()
     assert report.memory["frozen weights"] == 2 * report.parameters  # bf16
     assert report.memory["student and critic: weights, gradients, moments"] == 2 * 16 * report.trained_parameters
     assert report.seconds_per_update == pytest.approx(report.flops_per_update / 1e9)  # type: ignore[operator]

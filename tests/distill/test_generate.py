@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,8 @@ def test_files_and_manifest(dense: LoadedModel, tmp_path: Path, monkeypatch: pyt
         with pytest.raises(AssertionError, match="drawn again"):
             generate.generate(dense, ["4"], tmp_path, seeds=(5,))
     assert len(json.loads((tmp_path / "prompts.json").read_text())) == 4
+    with pytest.raises(DataError, match="give another folder"):
+        generate.generate(dataclasses.replace(dense, identity="another"), ["4"], tmp_path, seeds=(0,))
 
 
 def test_prompts_with_the_same_slug_get_different_files() -> None:
@@ -191,7 +194,7 @@ def test_the_arguments_are_the_pipelines_own() -> None:
 def test_refusals(student: Path, tmp_path: Path, dense: LoadedModel) -> None:
     with pytest.raises(ConfigError, match="no export of blade-distill"):
         load_student(tmp_path)
-    with pytest.raises(ConfigError, match="can't load .* as a DiTPipeline"):
+    with pytest.raises(ConfigError, match=r"can't load .* as a DiTPipeline"):
         load_student(student, base=str(tmp_path / "nothing"))
     with pytest.raises(DataError, match="no prompts"):
         generate.generate(dense, [], tmp_path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from importlib import import_module
 from typing import Any
 
 import diffusers
@@ -12,7 +12,7 @@ import torch
 from blade_compile.distill.errors import ConfigError
 from blade_compile.distill.grids import Grid, flow_grid, vp_grid
 from blade_compile.distill.objective import step_to
-from blade_compile.distill.samplers import fixed_shift, pipeline_sigmas, student_scheduler, visits
+from blade_compile.distill.samplers import pipeline_sigmas, student_scheduler, visits
 from blade_compile.distill.schedules import FlowSchedule, VPSchedule, schedule_of, to_x0_eps
 
 COGVIDEOX = {
@@ -115,13 +115,7 @@ def test_other_steps_are_refused() -> None:
         student_scheduler("pixart", vp_grid(other, 4), other)
 
 
-def test_dynamic_shift_at_one_resolution() -> None:
-    dynamic = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
-    assert fixed_shift(dynamic, 4096) == pytest.approx(math.exp(1.15))
-    assert fixed_shift(dynamic, 256) == pytest.approx(math.exp(0.5))
-    assert fixed_shift({"shift": 3.0}, 4096) == fixed_shift({"flow_shift": 3.0}, 1) == 3.0
-    # The same as what the scheduler does with mu.
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**dynamic)
-    scheduler.set_timesteps(sigmas=[1, 0.75, 0.5, 0.25], mu=1.15)
-    grid = flow_grid(FlowSchedule(shift=fixed_shift(dynamic, 4096)), 4)
-    assert grid.sigmas == pytest.approx(scheduler.sigmas.tolist(), rel=1e-5)
+@pytest.mark.parametrize("family", ["wan", "cogvideox", "hunyuan_video", "ltx", "sd3", "flux", "pixart", "dit"])
+def test_adapters_and_samplers_agree_on_what_the_pipeline_passes(family: str) -> None:
+    adapter = import_module(f"blade_compile.distill.adapter_{family}").ADAPTER
+    assert adapter.sampler_sigmas(None, 4) == pipeline_sigmas(family, 4)

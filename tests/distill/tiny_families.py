@@ -34,7 +34,7 @@ PIXART = {
 }  # fmt: skip
 DIT = {
     "num_attention_heads": 2, "attention_head_dim": 32, "in_channels": 4, "out_channels": 8, "num_layers": 1,
-    "sample_size": 16, "patch_size": 2, "num_embeds_ada_norm": 10, "norm_num_groups": 4,
+    "sample_size": 16, "patch_size": 2, "num_embeds_ada_norm": 1000, "norm_num_groups": 4,
 }  # fmt: skip
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "wan": ("WanTransformer3DModel", WAN),
