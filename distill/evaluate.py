@@ -321,7 +321,7 @@ def evaluate_student(
         compiled: compile also what is dense, so that times compare.
         device: None: cuda where there is one.
     """
-    common = {"base": base, "compiled": compiled, "device": device}
+    common: dict[str, Any] = {"base": base, "compiled": compiled, "device": device}
     steps = read_record(export)["steps"]
     models: dict[str, Callable[[], Sampler]] = {
         f"student sparse, {steps} steps": partial(load_student, export, sparse=True, **common),

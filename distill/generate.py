@@ -75,7 +75,7 @@ class LoadedModel:
         kept = _LastStep(self.pipe.scheduler)
         start = time.perf_counter()
         with kept, torch.no_grad(), generation(self.steps) if self.sparse else nullcontext():
-            out = self.pipe(**arguments)
+            out = self.pipe(**arguments)  # type: ignore[operator]
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start

@@ -158,6 +158,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+@pytest.mark.slow
 def test_a_student_sparse_dense_and_its_teacher(student: Path, tmp_path: Path) -> None:
     result = evaluate_student(student, ["1", "2"], [0], tmp_path, teacher_steps=4, compiled=False)
     names = [model.name for model in result.models]

@@ -75,6 +75,7 @@ def test_dense_student(dense: LoadedModel) -> None:
     assert "step" not in vars(dense.pipe.scheduler)  # nothing is left behind
 
 
+@pytest.mark.slow
 def test_sparse_student(student: Path, dense: LoadedModel) -> None:
     sparse = load_student(student)
     with observe.record() as events:
