@@ -12,7 +12,7 @@ from tests import conformance
 
 REQUIRED = ("conformance", "fuzz", "offline")
 BEHIND = ("conformance",)
-"""Tables of an earlier source, complete and without a failure then, that are yet to be made again, as the README says."""
+"""Tables of an earlier source, complete and without a failure then, which the README says are to be made again."""
 FILES = sorted(path for path in tables.RESULTS.glob("*.json") if "fingerprint" in json.loads(path.read_text()))
 
 
