@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blade_compile import generation
 from blade_compile.distill import clips
 from blade_compile.distill.errors import ConfigError, DataError
 from blade_compile.distill.export import fingerprint, read_record
@@ -21,6 +20,7 @@ from blade_compile.distill.grids import Grid
 from blade_compile.distill.pipelines import PipelineFamily, call_arguments, classes, load_scheduler, pipeline_family
 from blade_compile.distill.samplers import student_scheduler
 from blade_compile.distill.schedules import FlowSchedule, schedule_of
+from blade_compile.generations import generation
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _WEIGHTS = {"lora": "pytorch_lora_weights.safetensors", "full": "transformer", "merged": "transformer"}
@@ -75,7 +75,7 @@ class LoadedModel:
         kept = _LastStep(self.pipe.scheduler)
         start = time.perf_counter()
         with kept, torch.no_grad(), generation(self.steps) if self.sparse else nullcontext():
-            out = self.pipe(**arguments)  # type: ignore[operator]
+            out = self.pipe(**arguments)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
