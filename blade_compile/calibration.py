@@ -219,23 +219,28 @@ def _errors(run: _Run, budgets: Budgets) -> list[float]:
 
 
 def _search(run: _Run, target: float) -> tuple[Budgets, list[float]]:
-    """The cheapest budgets found whose worst batch stays within the target's margin, and their errors."""
+    """The cheapest budgets found whose worst batch stays within the target's margin, and their errors.
+
+    The modelled error is off by an unknown factor, so what is allowed of it is searched: in steps of four until one
+    value keeps the target and one breaks it, then halfway between them. Equal budgets are checked once.
+    """
     best: Budgets = {name: [0] * site.error.shape[1] for name, site in run.sites.items()}
-    errors = [0.0] * len(run.batches)
-    allowed, tried = (MARGIN * target) ** 2, set()
-    for _ in range(CHECKS):
+    errors, aim = [0.0] * len(run.batches), MARGIN * target
+    allowed, kept, broken = aim**2, 0.0, float("inf")
+    known: dict[str, list[float]] = {}
+    while len(known) < CHECKS and broken > 1.1 * kept and aim**2 * 1e-6 < allowed < aim**2 * 1e6:
         budgets = choose(run.sites, allowed)
         key = json.dumps(budgets)
-        if key in tried:
-            break
-        tried.add(key)
-        found = _errors(run, budgets)
-        worst = max(found)
-        logger.debug("allowed %.3g: error %.4g at density %.3f", allowed**0.5, worst, _density(run, budgets))
-        if worst <= MARGIN * target and _work(run, budgets) < _work(run, best):
-            best, errors = budgets, found
-        # The modelled error is off by some factor; half of what is missing, so that the steps settle.
-        allowed *= min(16.0, max(1 / 16, (0.97 * MARGIN * target / max(worst, 1e-12)) ** 2)) ** 0.8
+        if key not in known:
+            known[key] = _errors(run, budgets)
+            logger.debug("allowed %.3g: error %.4g at %.3f", allowed**0.5, max(known[key]), _density(run, budgets))
+        if max(known[key]) <= aim:
+            kept = allowed
+            if _work(run, budgets) < _work(run, best):
+                best, errors = budgets, known[key]
+        else:
+            broken = allowed
+        allowed = 4 * kept if broken == float("inf") else broken / 4 if not kept else (kept * broken) ** 0.5
     return best, errors
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .config import BladeConfig
-from .kernels import checks, lists, ops, policies  # noqa: F401 (ops registers the operators)
+from .kernels import checks, lists, ops, ops_order, policies  # noqa: F401 (ops registers the operators)
 from .kernels.policies import register as register_policy
 
 __all__ = ["block_sparse_attention", "mask_predict", "register_policy", "sparse_attention"]
@@ -161,12 +160,7 @@ def _grid(cfg: BladeConfig, num_tokens: int, protect: list[int], *, ordering: bo
             what = f"policy={cfg.policy!r}" if policies.needs_grid(cfg.policy) else f"order={cfg.order!r}"
             raise ValueError(f"{what} needs the token grid, and a direct call has no graph to find it in; set grid.")
         return ()
-    free = num_tokens - sum(length for _, length in lists.spans(protect, num_tokens))
-    if math.prod(cfg.grid) != free:
-        raise ValueError(
-            f"grid={cfg.grid} holds {math.prod(cfg.grid)} tokens and {free} of the {num_tokens} tokens are not "
-            "protected; correct grid or protect."
-        )
+    ops_order.check_grid(cfg.grid, num_tokens, protect)
     return cfg.grid if needed else ()
 
 

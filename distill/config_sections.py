@@ -49,6 +49,9 @@ class ModelConfig(Section):
     family: Family = Field("auto", description=f"{', '.join(FAMILIES)}; auto: by the transformer's class")
     dtype: Dtype = Field("bfloat16", description="of the frozen weights: bfloat16, float16, float32")
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
+    weights: str | None = Field(
+        None, description="safetensors that replace the transformer's own weights in teacher, student and critic"
+    )
     trust_code: bool = Field(False, description="run code that comes with the model or that factory names")
 
     @model_validator(mode="after")
@@ -112,6 +115,9 @@ class MethodConfig(Section):
     tau_min: float = Field(0.02, ge=0, lt=1, description="lowest noise at which the scores are compared, in [0, 1)")
     tau_max: float = Field(0.99, gt=0, le=1, description="highest; 1 - tau_max also stays free above each interval")
     critic_updates: int = Field(1, gt=0, description="of the critic for one of the student")
+    regression_updates: int = Field(
+        0, ge=0, description="first updates of the student that follow the guided teacher itself, at the student's points"
+    )
 
     @property
     def all_steps(self) -> tuple[int, ...]:
@@ -149,6 +155,7 @@ class SparsityConfig(Section):
         (), description="[[training step, sparsity], ..], steps ascending from 0: the sparsity from that step on"
     )
     critic_sparse: bool = Field(False, description="the critic is sparse too, as in BLADE's released code")
+    teacher_sparse: bool = Field(False, description="the teacher is sparse too: distil what is already sparse")
     blade_options: dict[str, Any] = Field({}, description="more options of the backend, such as {probe_tokens: 32}")
 
     @field_validator("blade_options", mode="before")

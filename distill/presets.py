@@ -97,6 +97,7 @@ PRESETS: dict[str, Preset] = {
         "method.intervals": ("overlapping", BLADE),
         "method.importance_weight": (False, OURS),
         "method.critic_updates": (2, OURS),
+        "method.regression_updates": (60, OURS),
         "sparsity.policy": ("asa", OURS),
         "sparsity.sparsity": (0.75, OURS),
         "sparsity.block_size": (16, OURS),

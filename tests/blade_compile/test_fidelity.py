@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import blade_compile
+from blade_compile import calibration
 from blade_compile.backend import split_options
 from blade_compile.calibration import LEVELS, choose
 from blade_compile.config import BladeConfig
@@ -134,6 +135,24 @@ def test_a_tighter_target_keeps_more(tmp_path: Path) -> None:
     assert density[0.005] > density[0.2]
 
 
+@pytest.mark.parametrize("optimism", [0.01, 1.0, 100.0])
+def test_a_wrong_model_of_errors_is_corrected(optimism: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The true squared error is ``optimism`` times the modelled one: the budgets must come out near the target."""
+    flat = torch.tensor(LEVELS, dtype=torch.float64)[:, None] ** 4
+    sites = {
+        name: Curve(flat.repeat(1, 4) * torch.linspace(0.5, 2, 4), gain) for name, gain in (("a", 0.01), ("b", 0.1))
+    }
+    run = calibration._Run(None, [((), {})], sites)  # type: ignore[arg-type]
+
+    def true_error(_: Any, budgets: dict[str, list[int]]) -> list[float]:
+        return [(optimism * sum(calibration._modelled(sites[n], budgets[n]) for n in budgets)) ** 0.5]
+
+    monkeypatch.setattr(calibration, "_errors", true_error)
+    best, (error,) = calibration._search(run, 0.1)
+    assert 0.5 * 0.1 < error <= calibration.MARGIN * 0.1
+    assert calibration._density(run, best) < 0.9
+
+
 class Curve:
     """A site for `choose`: work, gain, error [levels, heads], density [levels]."""
 
@@ -143,7 +162,7 @@ class Curve:
 
 
 def test_budgets_go_where_error_is_cheap() -> None:
-    flat = torch.tensor(LEVELS, dtype=torch.float64)[:, None] ** 2
+    flat = torch.tensor(LEVELS, dtype=torch.float64)[:, None] ** 4
     sites = {"robust": Curve(flat.repeat(1, 2), 1e-3), "fragile": Curve(flat.repeat(1, 2), 10.0)}
     levels = choose(sites, 0.01)
     assert min(levels["robust"]) > max(levels["fragile"])

@@ -120,8 +120,11 @@ def test_a_compiled_model_at_another_resolution_stays_unordered(caplog: pytest.L
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"order": "gilbert", "grid": (3, 5, 7)}, r"holds 105 tokens and 96 of the 96"),
-        ({"order": "gilbert", "grid": GRID, "protect": ((0, 4),)}, "holds 96 tokens and 92 of the 96"),
+        ({"order": "gilbert", "grid": (3, 5, 7)}, r"grid is 3 x 5 x 7 = 105 tokens, but 96 tokens"),
+        (
+            {"order": "gilbert", "grid": GRID, "protect": ((0, 4),)},
+            r"4 x 4 x 6 = 96 tokens, but 92 tokens are to be ordered \(96 tokens, 4 of them protected\)",
+        ),
         ({"order": "tile"}, "order='tile' needs the token grid"),
         ({"policy": "sta"}, "policy='sta' needs the token grid"),
     ],
