@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 from . import generations
 from .kernels import carried, ops  # noqa: F401 (ops registers the operators)
 from .kernels.carried import Carrier, Schedule
+from .passes.pipeline import WITH_CLOCK
 
 logger = logging.getLogger("blade_compile")
 
@@ -72,7 +73,12 @@ def carry(
         )
         return compile_graph(gm, list(example_inputs))
     on_device = DEVICE_DECIDES or (cuda_graphs and clock.device.type != "cpu")
-    return CarriedGraph(compile_graph(copied, inputs), clock, policy, schedule, repr(identity), on_device, _static(gm))
+    token = WITH_CLOCK.set(True)
+    try:
+        compiled = compile_graph(copied, inputs)
+    finally:
+        WITH_CLOCK.reset(token)
+    return CarriedGraph(compiled, clock, policy, schedule, repr(identity), on_device, _static(gm))
 
 
 def with_clock(gm: fx.GraphModule, example_inputs: Sequence[Any], clock: Tensor) -> tuple[fx.GraphModule, list[Any]]:

@@ -15,6 +15,7 @@ import logging
 import operator
 import time
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ from .merge_orders import merge_orders
 from .rewrite import RewriteError, rewrite_site
 
 logger = logging.getLogger("blade_compile")
+
+WITH_CLOCK = ContextVar("blade_with_clock", default=False)
+"""Set while a graph is compiled whose last input is the clock of a generation"""
 
 
 class SparseAttentionPass(CustomGraphPass):
@@ -73,8 +77,11 @@ class SparseAttentionPass(CustomGraphPass):
             decide_site(site, self.settings)
             if site.code_refuses:
                 return
-            rewrite_site(graph, site, {**self.settings.op_kwargs(site), "clock": _clock(graph)})
+            clock = _clock(graph)
+            rewrite_site(graph, site, {**self.settings.op_kwargs(site), "clock": clock})
             site.rewritten = True
+            if clock is None and WITH_CLOCK.get():
+                _warn_apart(site.name)
         except CalibrationMismatchError:
             raise
         except RewriteError as error:
@@ -87,6 +94,15 @@ class SparseAttentionPass(CustomGraphPass):
 def _clock(graph: fx.Graph) -> fx.Node | None:
     """The input that carries the step of a generation, where the backend has added one."""
     return next((node for node in graph.find_nodes(op="placeholder") if node.name == CLOCK), None)
+
+
+@functools.cache
+def _warn_apart(name: str) -> None:
+    logger.warning(
+        "the attention %s lies in a part of the model that is compiled apart (a branch of torch.cond, a checkpointed "
+        "block): it carries no state over the steps of a generation, and searches at every call.",
+        name,
+    )
 
 
 def _log(sites: list[AttentionSite], seconds: float) -> None:

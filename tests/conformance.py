@@ -40,6 +40,13 @@ SOURCES = [
     "!kernels/accelerator.py",
     "!kernels/triton_*.py",
     "!passes/inline.py",
+    # Nor do rows depend on what their options never reach: other policies, orders, state over steps, calibration.
+    *("!kernels/" + name for name in ("policy_*.py", "carried*.py", "global_*.py", "ops_carried.py", "ops_global.py")),
+    *("!kernels/" + name for name in ("*order.py", "schedule.py", "*search.py", "selection.py", "presets.py")),
+    *("!kernels/" + name for name in ("block_*.py", "density.py")),
+    *("!passes/" + name for name in ("grid.py", "merge_orders.py", "graph_dump.py")),
+    *("!blade_compile/" + name for name in ("budgets.py", "calibration.py", "carriers.py", "fidelity.py")),
+    *("!blade_compile/" + name for name in ("functional.py", "generations.py", "heat_map.py")),
 ]
 PACKAGES = ["torch", "triton", "diffusers"]
 MARK = "row of the conformance table: "

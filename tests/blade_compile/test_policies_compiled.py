@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch._inductor import utils as inductor_utils
 
 import blade_compile
 from blade_compile.kernels import lists, observe, order, policies, reference, selection
-from tests.blade_compile.models import ALWAYS, TinyDiT, inputs
+from blade_compile.passes import pipeline
+from tests.blade_compile.models import ALWAYS, Attention, TinyDiT, inputs
 
 GRID = (4, 4, 6)
 POLICIES = [name for name in policies.names() if name != "dense"]
@@ -184,3 +186,22 @@ def _request(q: Tensor) -> policies.Request:
         q=q, k=q, bias=None, scale=1.0, block_size=16, probe_tokens=8, seed=0, grid=None, order="none", protect=(),
         options={},
     )  # fmt: skip
+
+
+def test_an_attention_in_a_branch_says_that_it_carries_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Attention()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cond(x.sum() < 1e9, lambda x: self.inner(x), lambda x: x.clone(), (x,))
+
+    model, x = Branches(), torch.randn(1, 96, 64)
+    options = {"policy": "adaspa", "when": "always", "block_size": 16, "min_tokens": 1}
+    pipeline._warn_apart.cache_clear()
+    # Passes don't run where Inductor finds the graph in its cache.
+    with inductor_utils.fresh_cache(), torch.no_grad(), blade_compile.generation(1):
+        found = torch.compile(model, backend="blade", options=options)(x)
+    assert "inner lies in a part of the model that is compiled apart" in caplog.text
+    assert found.isfinite().all()
