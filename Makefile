@@ -9,7 +9,7 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format types conformance fuzz offline bench clean
+.PHONY: help setup demo test test-slow lint format types docs conformance fuzz offline bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -42,6 +42,11 @@ types: $(STAMP)  ## mypy, on the wheel: it does not follow the package's __path_
 	$(BIN)/python scripts/install_wheel.py $(TYPES)
 	cd $(TYPES) && MYPYPATH=. $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
 		--cache-dir $(CURDIR)/.cache/mypy -p blade_compile
+
+docs: $(STAMP)  ## fill the tables of docs/, draw its picture, and build the pages into build/docs; a warning is an error
+	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/graph_picture.py
+	$(BIN)/python -m sphinx -E -W --keep-going -q -b html -d build/doctrees docs build/docs
 
 conformance: $(STAMP)  ## every diffusers transformer and spelling; resumable; writes the committed table
 	$(BIN)/python -m tests.conformance
