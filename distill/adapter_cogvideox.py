@@ -17,6 +17,7 @@ class CogVideoXAdapter(Adapter):
 
     family = "cogvideox"
     block_lists = ("transformer_blocks",)
+    time_layers = ("time_embedding.linear_2",)
     text_tokens = 226
     compression = (4, 8)
 

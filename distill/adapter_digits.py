@@ -27,6 +27,7 @@ class DigitsAdapter(Adapter):
     family = "digits"
     block_lists = ("blocks",)
     lora_targets = ("qkv", "out")
+    time_layers = ("time.2",)
     default_prompts = tuple(map(str, range(NUM_CLASSES)))
 
     def __init__(self, config: DigitsConfig) -> None:

@@ -18,6 +18,7 @@ class WanAdapter(Adapter):
 
     family = "wan"
     block_lists = ("blocks",)
+    time_layers = ("time_embedder.linear_2",)
     compression = (4, 8)
 
     def latent_shape(self, latent: LatentConfig, batch: int) -> tuple[int, ...]:

@@ -59,6 +59,8 @@ class Adapter:
     block_lists: ClassVar[tuple[str, ...]]
     "module lists of the transformer whose members are compiled, sharded and checkpointed one by one"
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    time_layers: ClassVar[tuple[str, ...]] = ("timestep_embedder.linear_2",)
+    "ends of the names of the time embedding's last linear layers, through which a student is told K"
     text_tokens: ClassVar[int] = 0
     "tokens of text that share the self-attention by default; 0: text by cross-attention, or none"
     compression: ClassVar[tuple[int, int]] = (1, 8)

@@ -141,6 +141,9 @@ def generate(
     device: Annotated[
         str | None, typer.Option(metavar="DEVICE", help="cuda, cpu; the best there is if not given")
     ] = None,
+    trust_code: Annotated[
+        bool, typer.Option("--trust-code", help="run the module:callable that made the export, where one did")
+    ] = False,
 ) -> None:
     """Make clips or images with a student, on exactly the steps that it was trained on."""
     if (prompts is None) == (prompt_file is None):
@@ -156,6 +159,7 @@ def generate(
         seeds=range(seed, seed + count),
         sparse=sparse,
         device=device,
+        trust_code=trust_code,
     )
     for path in made:
         print(path)

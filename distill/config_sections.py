@@ -116,7 +116,9 @@ class MethodConfig(Section):
     tau_max: float = Field(0.99, gt=0, le=1, description="highest; 1 - tau_max also stays free above each interval")
     critic_updates: int = Field(1, gt=0, description="of the critic for one of the student")
     regression_updates: int = Field(
-        0, ge=0, description="first updates of the student that follow the guided teacher itself, at the student's points"
+        0,
+        ge=0,
+        description="first updates of the student that follow the guided teacher itself, at the student's points",
     )
 
     @property

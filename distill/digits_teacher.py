@@ -239,7 +239,8 @@ def load_teacher(path: Path) -> DigitsTransformer:
         sizes = json.loads(stored.metadata()["model"])
         tensors = {name: stored.get_tensor(name).float() for name in stored.keys()}  # noqa: SIM118 (no iterator)
     model = DigitsTransformer(DigitsConfig(**{**sizes, "patch": tuple(sizes["patch"])}))
-    model.load_state_dict(tensors)
+    if not model.rotary_cos.is_meta:  # on the meta device there is nothing to fill
+        model.load_state_dict(tensors)
     return model.eval().requires_grad_(False)
 
 

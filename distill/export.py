@@ -6,6 +6,7 @@
       pytorch_lora_weights.safetensors                              (LoRA)   or
       transformer/config.json, diffusion_pytorch_model.safetensors  (full weights, or adapters merged into them)
       scheduler/scheduler_config.json   the exact steps and shift of the training
+      step_biases.safetensors           (told K) what to put into the weights for each K, by <K>.<name>
       blade.json                        K, guidance, levels, options of backend="blade"
       model_index.json                  (full weights) which classes the two folders hold
       README.md                         model card with the code to load it
@@ -39,6 +40,7 @@ from blade_compile.distill.schedules import FlowSchedule, Schedule, schedule_of
 
 FORMAT = 1
 RECORD = "blade.json"
+STEP_BIASES = "step_biases.safetensors"
 _SHARD = "10GB"
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # of torch.compile and activation checkpointing
 
@@ -261,7 +263,8 @@ def record_of(
     }
 
 
-def _check_target(folder: Path) -> None:
+def check_target(folder: Path) -> None:
+    """Raise ``ConfigError`` where a folder can't become an export: it is a file, or holds files."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise ConfigError(f"{folder} is there and is no folder; give another")
     if folder.is_dir() and any(folder.iterdir()):
@@ -301,6 +304,7 @@ def export(
     merge: bool = False,
     token_grid: tuple[int, int, int] | None = None,
     other_grids: Mapping[int, Grid] | None = None,
+    step_biases: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Export a student.
 
@@ -319,6 +323,7 @@ def export(
         merge: add the adapter to the weights also where the pipeline could load it by itself.
         token_grid: (T, H, W) to write into the options of backend="blade".
         other_grids: of a student that is told K: the steps for other K.
+        step_biases: of the same: what to put into the weights for each K, by ``<K>.<name>``.
 
     Returns:
         The folder.
@@ -327,7 +332,7 @@ def export(
         ConfigError: it holds files, can't be written, or no stock scheduler takes the steps.
     """
     target = Path(folder)
-    _check_target(target)
+    check_target(target)
     known = None if family is None else pipeline_family(family)
     if schedule is None:
         if scheduler_config is None:
@@ -359,6 +364,8 @@ def export(
             _save_full(model, whole, None if known is None else known.transformer, beside / "transformer")
         if scheduler is not None:
             scheduler.save_pretrained(beside / "scheduler")
+        if step_biases:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in step_biases.items()}, beside / STEP_BIASES)
         if known is not None and not as_lora:
             parts = {"transformer": known.transformer, "scheduler": type(scheduler).__name__}
             index = {part: ["diffusers", part_class] for part, part_class in parts.items()}

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from blade_compile.distill import clips
 from blade_compile.distill.errors import ConfigError, DataError
-from blade_compile.distill.export import fingerprint, read_record
+from blade_compile.distill.export import STEP_BIASES, fingerprint, read_record
 from blade_compile.distill.grids import Grid
 from blade_compile.distill.pipelines import PipelineFamily, call_arguments, classes, load_scheduler, pipeline_family
 from blade_compile.distill.samplers import student_scheduler
@@ -135,23 +136,37 @@ def _check_weights(folder: Path, record: Mapping[str, Any]) -> None:
         raise ConfigError(f"{folder} lacks {wanted or 'its weights'}; export the student again")
 
 
-def _scheduler_for(folder: Path, record: Mapping[str, Any], steps: int | None) -> Any:
-    """The exported scheduler, or that of another K which the student was trained for."""
-    exported = load_scheduler(folder / "scheduler")
+def _grid_for(record: Mapping[str, Any], steps: int | None) -> Grid:
+    """The exported steps, or those of another K which the student was trained for."""
     if steps is None or steps == record["steps"]:
-        return exported
-    choices = record.get("step_choices") or {}
-    if str(steps) not in choices:
+        entry: Mapping[str, Any] = record
+    elif str(steps) in (choices := record.get("step_choices") or {}):
+        entry = choices[str(steps)]
+    else:
         known = sorted({record["steps"], *map(int, choices)})
         raise ConfigError(
             f"steps is {steps}: the student was trained for {', '.join(map(str, known))}; use one of them"
         )
-    entry, config = choices[str(steps)], dict(exported.config)
-    config["_class_name"] = type(exported).__name__
+    end = 0.0 if record["shift"] is not None else -1.0  # a clean sample's time, of flow matching and of VP schedules
+    return Grid(tuple(entry["timesteps"]), tuple(entry["alphas"]), tuple(entry["sigmas"]), end)
+
+
+def _scheduler_for(folder: Path, record: Mapping[str, Any], steps: int | None) -> Any:
+    """The exported scheduler, or that of another K which the student was trained for."""
+    grid, exported = _grid_for(record, steps), load_scheduler(folder / "scheduler")
+    if grid.steps == record["steps"]:
+        return exported
+    config = {**exported.config, "_class_name": type(exported).__name__}
     schedule = FlowSchedule(record["shift"]) if record["shift"] is not None else schedule_of(config)
-    end = schedule.clean
-    grid = Grid(tuple(entry["timesteps"]), tuple(entry["alphas"]), tuple(entry["sigmas"]), end)
     return student_scheduler(record["family"], grid, schedule, config, record["eta"])
+
+
+def _biases_for(folder: Path, record: Mapping[str, Any], steps: int | None) -> dict[str, Tensor]:
+    """What tells a student which is told K that it is another one than the exported weights'."""
+    file = folder / STEP_BIASES
+    if steps is None or steps == record["steps"] or not file.is_file():
+        return {}
+    return {name.partition(".")[2]: tensor for name, tensor in load_file(file).items() if name.startswith(f"{steps}.")}
 
 
 def load_student(
@@ -163,8 +178,9 @@ def load_student(
     steps: int | None = None,
     device: str | None = None,
     options: Mapping[str, Any] | None = None,
+    trust_code: bool = False,
 ) -> LoadedModel:
-    """Load an export into its stock pipeline.
+    """Load an export into its stock pipeline, or, where diffusers has none, into its factory's model.
 
     Args:
         folder: of the export.
@@ -174,15 +190,24 @@ def load_student(
         steps: K, of a student that was trained for several.
         device: ``cuda``, ``cpu``, ..; None: cuda where there is one.
         options: of backend="blade", in addition to or instead of the exported ones.
+        trust_code: run the factory that the export names, if it names one.
 
     Raises:
         ConfigError: the folder is no export, or the base model can't be loaded.
     """
     path, record = Path(folder), read_record(folder)
-    if record["family"] is None:
-        raise ConfigError(f"{folder} is a model of your own ({record.get('factory')}), which no stock pipeline samples")
-    family = pipeline_family(record["family"])
     _check_weights(path, record)
+    asked, how = {**record["options"], **(options or {})}, "sparse" if sparse else "dense"
+    identity = f"student {fingerprint(path)}, {steps or record['steps']} steps, {how}"
+    identity += f", {dict(options)}" if sparse and options else ""
+    if record["family"] is None:
+        from blade_compile.distill import factory_student
+
+        return factory_student.load(
+            path, record, grid=_grid_for(record, steps), sparse=sparse, compiled=compiled, device=_device(device),
+            options=asked, identity=identity, trust_code=trust_code, biases=_biases_for(path, record, steps),
+        )  # fmt: skip
+    family = pipeline_family(record["family"])
     scheduler = _scheduler_for(path, record, steps)
     pipeline, transformer = classes(family)
     dtype = _DTYPES[record.get("dtype") or "bfloat16"]
@@ -196,8 +221,10 @@ def load_student(
     pipe.scheduler = scheduler
     pipe.to(_device(device))
     pipe.set_progress_bar_config(disable=True)
+    if biases := _biases_for(path, record, steps):
+        pipe.transformer.load_state_dict({**pipe.transformer.state_dict(), **biases})
     if sparse:
-        pipe.transformer.compile(backend="blade", options={**record["options"], **(options or {})})
+        pipe.transformer.compile(backend="blade", options=asked)
     elif compiled:
         pipe.transformer.compile()
     return LoadedModel(
@@ -208,8 +235,7 @@ def load_student(
         record.get("embedded_guidance"),
         size=_size(record),
         sparse=sparse,
-        identity=f"student {fingerprint(path)}, {steps or record['steps']} steps, {'sparse' if sparse else 'dense'}"
-        + (f", {dict(options)}" if sparse and options else ""),
+        identity=identity,
     )
 
 
@@ -350,6 +376,7 @@ def generate_from_export(
     seeds: Iterable[int] = (0,),
     sparse: bool = True,
     device: str | None = None,
+    trust_code: bool = False,
 ) -> list[Path]:
     """Load an export and sample from it: what ``blade-distill generate`` does.
 
@@ -358,7 +385,7 @@ def generate_from_export(
     """
     if not prompts:
         raise DataError("there are no prompts to sample; give one or more")
-    model = load_student(export, base=base, sparse=sparse, compiled=False, device=device)
+    model = load_student(export, base=base, sparse=sparse, compiled=False, device=device, trust_code=trust_code)
     return [Path(out) / made.file for made in generate(model, prompts, out, seeds=seeds)]
 
 

@@ -96,6 +96,7 @@ PRESETS: dict[str, Preset] = {
         "method.cfg_scale": (2.5, OURS),
         "method.intervals": ("overlapping", BLADE),
         "method.importance_weight": (False, OURS),
+        "method.weighting": ("inverse_variance", OURS),
         "method.critic_updates": (2, OURS),
         "method.regression_updates": (60, OURS),
         "sparsity.policy": ("asa", OURS),
