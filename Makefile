@@ -9,7 +9,7 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format types docs conformance fuzz offline bench clean
+.PHONY: help setup demo test test-slow lint format types docs conformance fuzz offline bench look clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -59,6 +59,11 @@ offline: $(STAMP)  ## every Triton kernel compiled for every chip, without a GPU
 
 bench: $(STAMP)  ## measure attention on this machine; writes benchmarks/results
 	$(BIN)/python -m benchmarks.cpu_attention
+
+REPORT ?= .cache/report/report.html
+look: $(STAMP)  ## photograph a report (REPORT=FILE) in headless Chromium: two widths, light and dark
+	@bash scripts/browser.sh $(BIN)
+	$(BIN)/python -m benchmarks.look $(REPORT)
 
 clean:  ## remove caches and build output, but not .venv
 	rm -rf .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis torch_compile_debug

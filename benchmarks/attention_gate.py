@@ -56,7 +56,7 @@ class Problem:
     def kept(self, head: int, row: int) -> Tensor:
         """Key tokens that a query block attends to."""
         blocks = self.idx[0, head, row, : int(self.num[0, head, row])].long()
-        return (blocks[:, None] * self.block + torch.arange(self.block)).flatten()
+        return (blocks[:, None] * self.block + torch.arange(self.block, device=blocks.device)).flatten()
 
 
 def relative(found: Tensor, exact: Tensor) -> float:

@@ -10,6 +10,7 @@ built beforehand, once per machine; their build time is given apart. Writes ``co
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import resource
@@ -36,38 +37,67 @@ def cpu_seconds() -> float:
     return sum(u.ru_utime + u.ru_stime for u in usage)
 
 
-def contender(backend: str, layers: int, clock: str) -> None:
-    """Runs in a process of its own: print the seconds of the first and the third call as one line of JSON."""
+def contender(backend: str, layers: int, clock: str, resolutions: bool) -> None:
+    """Runs in a process of its own: print the seconds of the first and the third call as one line of JSON.
+
+    And the graphs of the first call, those that other timesteps added, and, if asked for, two other resolutions.
+    """
     from benchmarks import wan
 
     wan.TINY.model["num_layers"] = layers
     model, inputs = wan.TINY.build(torch.float32, "cpu"), wan.TINY.inputs(torch.float32, "cpu")
     torch.compile(lambda x: (x * 2 + 1).sum())(torch.ones(64))
+    graphs = _graphs()
     options = {"sparsity": 0.8, "when": "always"} if backend == "blade" else None
     compiled = torch.compile(model, backend=backend, options=options)
-    seconds, now = [], cpu_seconds if clock == "cpu" else time.perf_counter
+    seconds, counts, now = [], [], cpu_seconds if clock == "cpu" else time.perf_counter
     with torch.no_grad():
-        for _ in range(3):
+        for call in range(3):
+            inputs["timestep"] = torch.tensor([900 - call])
             start = now()
             compiled(**inputs)
             seconds.append(now() - start)
-    print(MARK + json.dumps({"first": seconds[0], "step": seconds[2]}))
+            counts.append(_graphs() - graphs)
+        found = {"first": seconds[0], "step": seconds[2], "graphs": counts[0], "by_step": counts[2] - counts[0]}
+        for width in (384, 448) if resolutions else ():
+            compiled(**dataclasses.replace(wan.TINY, width=width).inputs(torch.float32, "cpu"))
+    if resolutions:
+        found["by_resolution"] = _graphs() - graphs - counts[2]
+    print(MARK + json.dumps(found))
+
+
+def _graphs() -> int:
+    """Graphs that Dynamo has handed to a compiler."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 def measure(backend: str, layers: int, kernels: str, clock: str) -> float:
     """Seconds that one backend takes to compile the model, in a fresh process with empty caches."""
     with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder, "BLADE_CACHE_DIR": kernels}
-        if clock == "cpu":  # compilers as children of the process, so that their time is seen
-            environment |= {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "benchmarks.compile_time", "--contender", backend]
-        command += ["--layers", str(layers), "--clock", clock]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        return compiling(fresh_process(backend, layers, kernels, folder, clock))
+
+
+def compiling(found: dict[str, float]) -> float:
+    """Seconds of the first call beyond a later one."""
+    return found["first"] - found["step"]
+
+
+def fresh_process(
+    backend: str, layers: int, kernels: str, caches: str, clock: str, resolutions: bool = False
+) -> dict[str, float]:
+    """What `contender` prints in a process of its own. ``caches``: Inductor's folder; ``kernels``: blade's."""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": caches, "BLADE_CACHE_DIR": kernels}
+    environment |= {"TORCHINDUCTOR_FX_GRAPH_CACHE": "1", "TORCHINDUCTOR_AUTOGRAD_CACHE": "1"}
+    if clock == "cpu":  # compilers as children of the process, so that their time is seen
+        environment |= {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "benchmarks.compile_time", "--contender", backend]
+    command += ["--layers", str(layers), "--clock", clock, *(["--resolutions"] if resolutions else [])]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     marked = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
     if done.returncode or not marked:
         raise RuntimeError(f"{backend} failed with code {done.returncode}: {done.stderr[-2000:]}")
-    found = json.loads(marked[0].removeprefix(MARK))
-    return float(found["first"] - found["step"])
+    found: dict[str, float] = json.loads(marked[0].removeprefix(MARK))
+    return found
 
 
 def build_kernels(folder: str) -> float:
@@ -111,9 +141,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: for a busy machine; one thread")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
     parser.add_argument("--contender", choices=BACKENDS, help=argparse.SUPPRESS)
+    parser.add_argument("--resolutions", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.contender:
-        contender(args.contender, args.layers, args.clock)
+        contender(args.contender, args.layers, args.clock, args.resolutions)
         return
     pairs, layers = (1, 1) if args.quick else (args.pairs, args.layers)
     info = setup_info.collect()

@@ -26,9 +26,11 @@ class Peer:
     keywords: tuple[tuple[str, object], ...] = ()
     exact: bool = True
     "whether it computes attention as it is; the others quantise or choose blocks: their error is shown, not judged"
+    arguments: Callable[[Tensor], dict[str, object]] | None = None
+    "more keywords, made once for a query of the size"
 
-    def find(self) -> Attention | str:
-        """The call, or why there is none."""
+    def find(self, q: Tensor | None = None) -> Attention | str:
+        """The call for queries like ``q``, or why there is none."""
         try:
             found = getattr(importlib.import_module(self.module), self.function)
         except ImportError:
@@ -38,9 +40,18 @@ class Peer:
         except Exception as error:  # noqa: BLE001 (a broken install must not end the report)
             return f"{self.module} can't be imported: {type(error).__name__}: {error}"
         keywords = dict(self.keywords)
+        if self.arguments is not None and q is not None:
+            keywords |= self.arguments(q)
         if self.layout == "BHSD":
             return lambda q, k, v: found(q, k, v, **keywords)  # type: ignore[no-any-return]
         return lambda q, k, v: found(*(t.transpose(1, 2) for t in (q, k, v)), **keywords).transpose(1, 2)  # type: ignore[no-any-return]
+
+
+def _tiles(q: Tensor) -> dict[str, object]:
+    """VSA's tiles of 4 x 4 x 4 tokens, all full, of which a query keeps a fifth."""
+    count = q.shape[2] // 64
+    sizes = torch.full((count,), 64, dtype=torch.int32, device=q.device)
+    return {"variable_block_sizes": sizes, "q_variable_block_sizes": sizes, "topk": max(1, round(0.2 * count))}
 
 
 PEERS = (
@@ -49,6 +60,7 @@ PEERS = (
     Peer("xformers", "xformers.ops", "memory_efficient_attention", "BSHD"),
     Peer("SageAttention", "sageattention", "sageattn", "BHSD", (("tensor_layout", "HND"),), exact=False),
     Peer("SpargeAttn", "spas_sage_attn", "spas_sage2_attn_meansim_topk_cuda", "BHSD", (("topk", 0.2),), exact=False),
+    Peer("VSA", "fastvideo_kernel", "video_sparse_attn", "BHSD", (("block_size", (4, 4, 4)),), False, _tiles),
 )
 
 
@@ -64,6 +76,6 @@ def calls(q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[Peer, Callable[[], 
     if q.device.type != "cuda":
         return
     for peer in PEERS:
-        call = peer.find()
+        call = peer.find(q)
         if not isinstance(call, str):
             yield peer, lambda call=call: call(q, k, v)

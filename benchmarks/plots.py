@@ -1,6 +1,6 @@
 """Plots of a report as SVG text that follows the page's colours: text and axes are drawn in ``currentColor``.
 
-Every point of a plot is a row of the report; the ideal line is 1 / density.
+Each is drawn from the rows that it selects, which the page names below it; the ideal line is 1 / density.
 """
 
 from __future__ import annotations
@@ -8,12 +8,25 @@ from __future__ import annotations
 import io
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 Row = dict[str, Any]
 INK = "#010203"  # stands for the page's text colour until the SVG is written
-COLOURS = ("#3b82c4", "#d97706", "#2f9e64", "#b0509b", "#6b7280", "#c2410c")
+COLOURS = ("#3b82c4", "#d97706", "#2f9e64", "#b0509b", "#6b7280", "#c2410c", "#0f9aa8", "#8a6d1f")
+PARTS = ("prediction", "selection", "attention", "rest")
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One figure of the page."""
+
+    title: str
+    select: Callable[[list[Row]], list[Row]]
+    "the rows that it shows; none: there is no figure"
+    draw: Callable[[list[Row]], str]
+    note: str = ""
 
 
 def _figure() -> Any:
@@ -34,7 +47,7 @@ def _figure() -> Any:
             "axes.prop_cycle": mpl.cycler(color=COLOURS),
         }
     )
-    figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(5.8, 3.4), layout="constrained")
     figure.patch.set_alpha(0)
     axes.patch.set_alpha(0)
     axes.grid(axis="y", color=INK, alpha=0.15)
@@ -51,52 +64,76 @@ def _svg(figure: Any, axes: Any, legend: bool = True) -> str:
     plt.close(figure)
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor")
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)  # addresses of vocabularies
     # The page sets the width; the drawing keeps its proportions.
     return re.sub(r'<svg ([^>]*?)width="[^"]*"', r"<svg \1", re.sub(r'height="[^"]*pt"', "", text, count=1), count=1)
 
 
-def _sparse(rows: Iterable[Row]) -> list[Row]:
-    return [r for r in rows if r.get("policy") and "speedup" in r and r.get("kind") == "forward"]
+def _timed(rows: Iterable[Row], kind: str) -> list[Row]:
+    """Whole sparse operators of suite ``ops``."""
+    mine = (r for r in rows if r["suite"] == "ops" and r.get("kind") == kind)
+    return [r for r in mine if r.get("policy") and "speedup" in r]
 
 
-def speedup_over_length(rows: list[Row]) -> str | None:
-    """Whole operator over dense, one line for each dtype, head dimension and sparsity (the largest block)."""
-    lines: dict[str, list[Row]] = defaultdict(list)
-    for row in _sparse(rows):
-        if row["block"] == 128:
-            lines[f"{row['dtype']}, D {row['D']}, sparsity {row['sparsity']}"].append(row)
-    lines = {label: found for label, found in lines.items() if len(found) > 1}
-    if not lines:
-        return None
-    shown = {label: found for label, found in lines.items() if "sparsity 0.8" in label} or lines
+def _forward(rows: Iterable[Row]) -> list[Row]:
+    return [r for r in _timed(rows, "forward") if r["block"] == 128]
+
+
+def _groups(rows: Iterable[Row], label: Callable[[Row], str]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        found[label(row)].append(row)
+    return found
+
+
+def _longer(groups: dict[str, list[Row]]) -> list[Row]:
+    """The rows of lines with two points or more."""
+    return [row for found in groups.values() if len(found) > 1 for row in found]
+
+
+def _of_length(row: Row) -> str:
+    return f"{row['dtype']}, D {row['D']}, sparsity {row['sparsity']}"
+
+
+def select_over_length(rows: list[Row]) -> list[Row]:
+    """Whole operator with blocks of 128, at sparsity 0.8 where that was measured."""
+    found = _longer(_groups(_forward(rows), _of_length))
+    return [r for r in found if r["sparsity"] == 0.8] or found
+
+
+def draw_over_length(rows: list[Row]) -> str:
+    """A line for each dtype, head dimension and sparsity."""
     figure, axes = _figure()
-    for label, found in shown.items():
+    for label, found in _groups(rows, _of_length).items():
         _line(axes, found, "S", label)
-    longest = max((r for found in shown.values() for r in found), key=lambda r: r["S"])
+    longest = max(rows, key=lambda r: r["S"])
     axes.axhline(1 / longest["density"], color=INK, linestyle=":", linewidth=1, label="ideal: 1 / density")
     axes.set(xlabel="tokens", ylabel="speed-up over dense", ylim=(0, None), xscale="log")
-    ticks = sorted({r["S"] for found in shown.values() for r in found})
+    ticks = sorted({r["S"] for r in rows})
     axes.set_xticks(ticks, [f"{t:,}" for t in ticks])
     axes.minorticks_off()
     return _svg(figure, axes)
 
 
-def speedup_over_sparsity(rows: list[Row]) -> str | None:
-    """Whole operator over dense at the longest length, beside the ideal line."""
-    sparse = _sparse(rows)
-    longest = max((r["S"] for r in sparse), default=0)
-    lines: dict[str, list[Row]] = defaultdict(list)
-    for row in sparse:
-        if row["S"] == longest and row["block"] == 128:
-            lines[f"{row['dtype']}, D {row['D']}"].append(row)
-    if not any(len(found) > 1 for found in lines.values()):
-        return None
+def _of_sparsity(row: Row) -> str:
+    return f"{row['dtype']}, D {row['D']}"
+
+
+def select_over_sparsity(rows: list[Row]) -> list[Row]:
+    """Whole operator with blocks of 128 at the longest length."""
+    found = _forward(rows)
+    longest = max((r["S"] for r in found), default=0)
+    return _longer(_groups((r for r in found if r["S"] == longest), _of_sparsity))
+
+
+def draw_over_sparsity(rows: list[Row]) -> str:
+    """A line for each dtype and head dimension, beside the ideal one."""
     figure, axes = _figure()
-    for label, found in lines.items():
+    for label, found in _groups(rows, _of_sparsity).items():
         _line(axes, found, "sparsity", label)
-    points = sorted({(r["sparsity"], 1 / r["density"]) for found in lines.values() for r in found})
+    points = sorted({(r["sparsity"], 1 / r["density"]) for r in rows})
     axes.plot(*zip(*points, strict=True), color=INK, linestyle=":", linewidth=1, label="ideal: 1 / density")
-    axes.set(xlabel=f"sparsity, {longest:,} tokens", ylabel="speed-up over dense", ylim=(0, None))
+    axes.set(xlabel=f"sparsity, {rows[0]['S']:,} tokens", ylabel="speed-up over dense", ylim=(0, None))
     return _svg(figure, axes)
 
 
@@ -111,45 +148,103 @@ def _line(axes: Any, rows: list[Row], x: str, label: str) -> None:
     )
 
 
-def time_split(rows: list[Row]) -> str | None:
-    """Where a model's step spends its time: prediction, attention, the rest."""
-    found = [r for r in rows if "split" in r]
-    if not found:
-        return None
+def select_split(rows: list[Row]) -> list[Row]:
+    """Steps of whole models whose parts were measured."""
+    return [r for r in rows if "prediction" in r.get("split", {}) and r["suite"] == "models"]
+
+
+def draw_split(rows: list[Row]) -> str:
+    """Where a model's step spends its time."""
     figure, axes = _figure()
-    figure.set_figheight(1.2 + 0.35 * len(found))
-    labels = [f"{r['model']}: {r['arm']}" for r in found]
-    start = [0.0] * len(found)
-    for part in ("prediction", "attention", "rest"):
-        values = [r["split"].get(part, 0.0) for r in found]
+    figure.set_figheight(1.2 + 0.35 * len(rows))
+    labels = [f"{r['model']}: {r['arm']}" for r in rows]
+    start = [0.0] * len(rows)
+    for part in PARTS:
+        values = [r["split"].get(part, 0.0) for r in rows]
         axes.barh(labels, values, left=start, label=part, height=0.6)
         start = [a + b for a, b in zip(start, values, strict=True)]
     axes.invert_yaxis()
     axes.grid(axis="y", alpha=0)
     axes.set(xlabel="seconds of one step")
-    axes.legend(frameon=False, fontsize=9, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
+    figure.legend(frameon=False, fontsize=9, ncols=4, loc="outside upper center")
     return _svg(figure, axes, legend=False)
 
 
-def fidelity_and_speed(rows: list[Row]) -> str | None:
-    """Distance from dense against speed-up, for every sparse arm of a model."""
-    found = [r for r in rows if r["suite"] == "models" and r["arm"].startswith("blade asa") and "speedup" in r]
-    if not found:
-        return None
+def select_fidelity(rows: list[Row]) -> list[Row]:
+    """Policies that suite ``ops`` timed and suite ``fidelity`` compared, at the same sparsity: both rows of each."""
+    timed = {_chosen(r): r for r in _timed(rows, "policies")}
+    pairs = [(timed[key], r) for r in rows if r["suite"] == "fidelity" and "l1" in r and (key := _chosen(r)) in timed]
+    return [row for pair in pairs for row in pair]
+
+
+def _chosen(row: Row) -> tuple[Any, Any]:
+    return row.get("policy"), row.get("sparsity")
+
+
+def draw_fidelity(rows: list[Row]) -> str:
+    """A line for each policy through its sparsities."""
     figure, axes = _figure()
-    for index, model in enumerate(dict.fromkeys(r["model"] for r in found)):
-        mine = [r for r in found if r["model"] == model]
+    timed, compared = rows[::2], rows[1::2]
+    for index, policy in enumerate(dict.fromkeys(r["policy"] for r in timed)):
+        pairs = [
+            (t["speedup"]["median"], c["l1"]) for t, c in zip(timed, compared, strict=True) if t["policy"] == policy
+        ]
+        axes.plot(
+            *zip(*sorted(pairs), strict=True), label=policy, marker="os^DvP*X"[index % 8], markersize=5,
+            color=COLOURS[index % len(COLOURS)], linewidth=1,
+        )  # fmt: skip
+    axes.set(xlabel="speed-up of the operator over dense", ylabel="relative L1 error of attention")
+    axes.set(xlim=(0, None), ylim=(0, None))
+    return _svg(figure, axes)
+
+
+def select_distance(rows: list[Row]) -> list[Row]:
+    """Sparse arms of whole models."""
+    return [r for r in rows if r["suite"] == "models" and "density" in r and "speedup" in r]
+
+
+def draw_distance(rows: list[Row]) -> str:
+    """A point for each arm, a colour for each model."""
+    figure, axes = _figure()
+    for index, (model, mine) in enumerate(_groups(rows, lambda r: r["model"]).items()):
         axes.scatter(
             [r["speedup"]["median"] for r in mine], [r["error"] for r in mine], label=model,
             color=COLOURS[index % len(COLOURS)], marker="os^Dv"[index % 5],
         )  # fmt: skip
-    axes.set(xlabel="speed-up of a step over compiled dense", ylabel="distance from dense, relative L2")
+    axes.set(xlabel="speed-up of a step over compiled dense", ylabel="error against fp32, relative L2")
+    axes.set(xlim=(0, None), ylim=(0, None))
     return _svg(figure, axes)
 
 
-PLOTS = {
-    "Speed-up against length": speedup_over_length,
-    "Speed-up against sparsity": speedup_over_sparsity,
-    "Where a step's time goes": time_split,
-    "Distance from dense against speed": fidelity_and_speed,
-}
+def select_generations(rows: list[Row]) -> list[Row]:
+    """Whole generations of the headline protocol."""
+    return [r for r in rows if "calculation" in r and "speedup" in r]
+
+
+def draw_generations(rows: list[Row]) -> str:
+    """Bars of speed-ups over 50 eager dense steps, and the published figure as a line across."""
+    figure, axes = _figure()
+    figure.set_figheight(1.2 + 0.45 * len(rows))
+    labels = [r["arm"] for r in rows]
+    axes.barh(labels, [r["speedup"]["median"] for r in rows], height=0.6, label="here")
+    for place, row in enumerate(rows):
+        if "published_speedup" in row:
+            x, label = row["published_speedup"], "published" if not place else None
+            axes.plot([x, x], [place - 0.4, place + 0.4], color=COLOURS[1], linewidth=2, label=label)
+    axes.invert_yaxis()
+    axes.grid(axis="y", alpha=0)
+    axes.set(xlabel="speed-up over 50 eager dense steps")
+    return _svg(figure, axes)
+
+
+PLOTS = (
+    Plot("Whole generations, here and published", select_generations, draw_generations),
+    Plot("Speed-up against length", select_over_length, draw_over_length),
+    Plot("Speed-up against sparsity", select_over_sparsity, draw_over_sparsity),
+    Plot("Where a step's time goes", select_split, draw_split),
+    Plot(
+        "Fidelity against speed", select_fidelity, draw_fidelity,
+        "Errors on a trained model's queries and keys, speed at a length that matters: two rows for each point.",
+    ),
+    Plot("Error against speed, random weights", select_distance, draw_distance),
+)  # fmt: skip

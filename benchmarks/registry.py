@@ -19,18 +19,24 @@ Call = Callable[[], Any]
 class Arm:
     """One contender: a call without arguments, and what is known of it.
 
-    ``check`` gets the warm-up's result, returns its error against the reference and raises `WrongResultError` where
-    that is above what is allowed; an arm without one has no result that could be wrong (a part, timed for the split).
+    ``check`` gets the warm-up's result, returns its error against the reference (None: it has none to compare with) and
+    raises `WrongResultError` where that is above what is allowed; an arm without a check has no result that could be
+    wrong (a part, timed for the split).
     ``of``: the arm that this is a part of. ``about``: columns of the row, e.g. density, FLOPs, policy.
+    ``certified_by``: the arm whose right result this one's rests on, where leaving blocks out changes the result and
+    only the arm that keeps all can be compared: if that one is wrong, so is this.
     """
 
     name: str
     call: Call
-    check: Callable[[Any], float] | None = None
+    check: Callable[[Any], float | None] | None = None
     of: str | None = None
     about: dict[str, Any] = field(default_factory=dict)
-    split: Callable[[], dict[str, float]] | None = None
-    "seconds of the parts of one more call, e.g. prediction, attention and the rest"
+    certified_by: str | None = None
+    after: Callable[[], dict[str, Any]] | None = None
+    "more columns, from calls of their own after the clock: the density as counted, the parts of the time"
+    timed: bool = True
+    "False: only checked, for others to rest on"
 
 
 @dataclass(frozen=True)
@@ -38,12 +44,14 @@ class Case:
     """Arms on the same inputs, the first of which is the baseline of the speed-ups."""
 
     name: str
-    arms: Callable[[], list[Arm]]
+    arms: Callable[[], list[Arm]] = list
     about: dict[str, Any] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
     "arms that can't run here, and why"
     sites: Callable[[], dict[str, Any]] | None = None
     "`explain`'s report of the model, as a dictionary"
+    rows: Callable[[], list[dict[str, Any]]] | None = None
+    "instead of arms: rows of what no call in this process can show (fresh processes, errors without a time)"
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,17 @@
-"""A report as one HTML file that needs no network: setup, plots, every row, the site tables."""
+"""A report as one HTML file that needs no network: setup, plots, every row, the site tables.
+
+Every cell with a figure names the value in ``report.json`` that it shows, as a path in ``data-source``: `shown` gives
+the cell's text for a path, so that a page can be checked against its rows.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks import setup_info
-from benchmarks.plots import PLOTS
+from benchmarks.plots import PLOTS, Plot
 
 Row = dict[str, Any]
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -16,28 +21,37 @@ def render(content: dict[str, Any]) -> str:
     """The page of a report's content (see `benchmarks.__main__`)."""
     import jinja2
 
-    rows: list[Row] = content["rows"]
-    plots = {title: svg for title, draw in PLOTS.items() if (svg := draw(rows)) is not None}
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters |= {"span": span, "quantity": quantity}
     return environment.from_string(TEMPLATE.read_text()).render(
         title=content["title"],
         command=content["command"],
         setup=setup_info.lines(content["setup"]),
         notes=content["notes"],
-        plots=plots,
-        cases=by_case(rows),
-        sites=content["sites"],
+        plots=[figure for plot in PLOTS if (figure := _figure(plot, content["rows"])) is not None],
+        cases=[_case(key, rows) for key, rows in by_case(content["rows"]).items()],
+        sites={model: _sites(model, report) for model, report in content["sites"].items()},
         not_run=content["not_run"],
     )
 
 
-def by_case(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
-    """Rows grouped by suite and case, in their order."""
-    grouped: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        grouped.setdefault((row["suite"], row["case"]), []).append(row)
+def _figure(plot: Plot, rows: list[Row]) -> dict[str, Any] | None:
+    chosen = plot.select(rows)
+    if not chosen:
+        return None
+    places = {id(row): place for place, row in enumerate(rows)}
+    found = [places[id(row)] for row in chosen]
+    return {"title": plot.title, "note": plot.note, "svg": plot.draw(chosen), "rows": found}
+
+
+def by_case(rows: list[Row]) -> dict[tuple[str, str], list[tuple[int, Row]]]:
+    """Rows with their places, grouped by suite and case, in their order."""
+    grouped: dict[tuple[str, str], list[tuple[int, Row]]] = {}
+    for place, row in enumerate(rows):
+        grouped.setdefault((row["suite"], row["case"]), []).append((place, row))
     return grouped
+
+
+# --- figures and their places ----------------------------------------------------------------------------------------
 
 
 def span(figures: dict[str, float] | None, unit: str = "") -> str:
@@ -55,5 +69,88 @@ def quantity(seconds: float | None) -> str:
         return ""
     for factor, unit in ((1, "s"), (1e3, "ms"), (1e6, "µs")):
         if seconds * factor >= 1:
-            return f"{seconds * factor:.3g} {unit}"
+            return f"{seconds * factor:.4g} {unit}" if seconds >= 100 else f"{seconds * factor:.3g} {unit}"
     return f"{seconds * 1e6:.3g} µs"
+
+
+def _seconds(figures: dict[str, float] | None) -> str:
+    return span(figures, "s")
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f}x"
+
+
+COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "seconds": ("time", _seconds),
+    "speedup": ("speed-up", span),
+    "published_speedup": ("published", _times),
+    "published_seconds": ("published time", quantity),
+    "over_compiled": ("over 50 compiled dense", span),
+    "over_few": ("over as few dense", span),
+    "density": ("density", str),
+    "tflops": ("TFLOP/s on kept", str),
+    "attention_flops": ("FLOP on kept", lambda flops: f"{flops:.3g}"),
+    "error": ("error", str),
+    "recall": ("recall", str),
+    "oracle": ("most possible", str),
+    "l1": ("relative L1", str),
+    "cosine": ("cosine", str),
+    "graphs": ("graphs", str),
+    "recompiles_by_step": ("recompiled by steps", str),
+    "recompiles_by_resolution": ("by 2 resolutions", str),
+    "peak_mib": ("peak MiB", str),
+    "first_call": ("first call", quantity),
+    "published_on": ("published on", str),
+    "calculation": ("calculation", str),
+}
+"""Columns of a case's table, each only where a row has it"""
+
+
+def shown(content: dict[str, Any], path: str) -> str:
+    """The text of the cell that shows the value at a path, such as ``rows/3/speedup``."""
+    value: Any = content
+    *_, before, name = parts = path.split("/")
+    for part in parts:
+        value = value[int(part)] if isinstance(value, list) else value[part]
+    if before == "split":
+        return quantity(value)
+    if parts[0] == "sites":
+        return f"{value:.3f}" if name == "density" else str(value)
+    return COLUMNS[name][1](value) if name in COLUMNS else str(value)
+
+
+def _case(key: tuple[str, str], placed: list[tuple[int, Row]]) -> dict[str, Any]:
+    here = [(place, row) for place, row in placed if row["status"] != "absent"]
+    names = [name for name in COLUMNS if any(name in row for _, row in here)]
+    parts = list(dict.fromkeys(part for _, row in here for part in row.get("split", {})))
+    first = placed[0][1]
+    return {
+        "suite": key[0],
+        "case": key[1],
+        "about": f"{first['size']}, {first['dtype']}, weights: {first['weights']}." if "size" in first else "",
+        "titles": [COLUMNS[name][0] for name in names] + parts,
+        "rows": [_line(place, row, names, parts) for place, row in here],
+        "absent": [row for _, row in placed if row["status"] == "absent"],
+    }
+
+
+def _line(place: int, row: Row, names: list[str], parts: list[str]) -> dict[str, Any]:
+    cells = [_cell({"rows": {str(place): row}}, f"rows/{place}/{name}", name in row) for name in names]
+    split = row.get("split", {})
+    cells += [_cell({"rows": {str(place): row}}, f"rows/{place}/split/{part}", part in split) for part in parts]
+    why = "" if row["status"] == "ok" else f"{row['status']}: {row['reason']}"
+    return {"place": place, "arm": row["arm"], "cells": cells, "why": why, "of": row.get("of")}
+
+
+def _cell(content: dict[str, Any], path: str, there: bool) -> dict[str, str]:
+    return {"text": shown(content, path), "source": path} if there else {"text": "", "source": ""}
+
+
+def _sites(model: str, report: dict[str, Any]) -> dict[str, Any]:
+    lines = []
+    for place, site in enumerate(report["sites"]):
+        path = f"sites/{model}/sites/{place}/density"
+        cell = _cell({"sites": {model: report}}, path, site["density"] is not None)
+        lines.append({**site, "cell": cell, "source": f"sites/{model}/sites/{place}"})
+    return {"headline": report["headline"], "sites": lines}

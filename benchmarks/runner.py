@@ -7,7 +7,6 @@ baseline there are times but no speed-ups.
 from __future__ import annotations
 
 import ctypes
-import datetime as dt
 import gc
 import time
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import timing
+from benchmarks import setup_info, timing
 from benchmarks.registry import Arm, Case, Plan, WrongResultError
 
 Row = dict[str, Any]
@@ -32,33 +31,46 @@ def run_case(
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[Row]:
     """The rows of a case. Never raises for an arm that fails: its row holds the reason."""
-    head = {
-        "suite": suite,
-        "case": case.name,
-        **case.about,
-        "device": _device_name(plan.device),
-        "seed": plan.seed,
-        "started": dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
-    }
+    head = {"suite": suite, "case": case.name, **case.about, **setup_info.stamp(plan.device), "seed": plan.seed}
     rows = [{**head, "arm": name, "status": "absent", "reason": why} for name, why in case.absent.items()]
     try:
+        if case.rows is not None:
+            return [*rows, *({**head, "status": "ok", **row} for row in case.rows())]
         arms = case.arms()
     except Exception as error:  # noqa: BLE001 (one case must not end the report)
-        return [*rows, {**head, "arm": "", "status": "failed", "reason": _reason(error)}]
-    warmed = {arm.name: _warm_up(arm, plan.device) for arm in arms}
-    right = [arm for arm in arms if warmed[arm.name]["status"] == "ok"]
-    times = timing.paired({arm.name: arm.call for arm in right}, rounds=rounds, budget=budget, clock=clock)
+        return [*rows, {**head, "arm": "", "status": status_of(error), "reason": _reason(error)}]
+    checked, took = warm_up(arms, plan.device, clock)
+    calls = {arm.name: arm.call for arm in arms if arm.name in took and arm.timed}
+    times = timing.paired(calls, rounds=rounds, budget=budget, clock=clock, known=took)
     baseline = arms[0].name if arms else ""
     for arm in arms:
-        row = {**head, "arm": arm.name, **arm.about, **warmed[arm.name]}
+        row = {**head, "arm": arm.name, **arm.about, **checked[arm.name]}
         if arm.of:
             row["of"] = arm.of
         if arm.name in times:
             row |= _figures(arm, times, baseline)
-            if arm.split is not None:
-                row["split"] = {part: round(seconds, 6) for part, seconds in arm.split().items()}
+            if arm.after is not None:
+                row |= arm.after()
         rows.append(row)
     return rows
+
+
+def warm_up(
+    arms: list[Arm], device: torch.device, clock: Callable[[], float] = time.perf_counter
+) -> tuple[dict[str, Row], dict[str, float]]:
+    """Run and check every arm; what is known of each, and about how many seconds those that are right take."""
+    gc.collect()  # what the last case left
+    checked: dict[str, Row] = {}
+    took: dict[str, float] = {}
+    for arm in arms:
+        checked[arm.name], seconds = _warm_up(arm, device, clock)
+        took[arm.name] = seconds
+    for arm in arms:
+        witness = checked[arm.certified_by] if arm.certified_by else {"status": "ok"}
+        if checked[arm.name]["status"] == "ok" and witness["status"] != "ok":
+            why = f"rests on {arm.certified_by!r}, which is {witness['status']}: {witness['reason']}"
+            checked[arm.name] = {"status": "wrong", "reason": why}
+    return checked, {name: seconds for name, seconds in took.items() if checked[name]["status"] == "ok"}
 
 
 def _figures(arm: Arm, times: dict[str, timing.Timing], baseline: str) -> Row:
@@ -71,27 +83,24 @@ def _figures(arm: Arm, times: dict[str, timing.Timing], baseline: str) -> Row:
     return figures
 
 
-def _warm_up(arm: Arm, device: torch.device) -> Row:
-    """The first call: compiles, is checked, and shows the memory. Not timed."""
-    gc.collect()
+def _warm_up(arm: Arm, device: torch.device, clock: Callable[[], float]) -> tuple[Row, float]:
+    """The first call compiles, the second one is checked and shows the memory. Neither counts as a sample."""
     try:
-        first = time.perf_counter()
-        arm.call()
-        first_seconds = time.perf_counter() - first
+        first_seconds = timing.sample(arm.call, clock=clock)
         memory = PeakMemory(device)
+        start = clock()
         result = arm.call()
         peak = memory.mib()
+        seconds = clock() - start
         error = arm.check(result) if arm.check is not None else None
-    except WrongResultError as error_found:
-        return {"status": "wrong", "reason": str(error_found)}
     except Exception as error_found:  # noqa: BLE001 (an arm that can't run is a row, not the end of the report)
-        return {"status": "failed", "reason": _reason(error_found)}
+        return {"status": status_of(error_found), "reason": _reason(error_found)}, 0.0
     row: Row = {"status": "ok", "first_call": round(first_seconds, 3)}
     if error is not None:
         row["error"] = float(f"{error:.2e}")
     if peak is not None:
         row["peak_mib"] = round(peak, 1)
-    return row
+    return row, seconds
 
 
 class PeakMemory:
@@ -129,10 +138,12 @@ def _resident_bytes(field: str) -> int:
     return -1
 
 
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+def status_of(error: Exception) -> str:
+    """``wrong`` for a result that failed its gate, ``failed`` for everything else."""
+    return "wrong" if isinstance(error, WrongResultError) else "failed"
 
 
 def _reason(error: Exception) -> str:
     text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:200] if text else ''}"
+    said = text[0][:200] if text else ""
+    return said if isinstance(error, WrongResultError) else f"{type(error).__name__}: {said}"

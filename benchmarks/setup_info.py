@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import functools
 import os
 import platform
 import subprocess
@@ -45,6 +46,44 @@ def lines(info: dict[str, str]) -> list[str]:
     ]
 
 
+def stamp(device: torch.device) -> dict[str, str]:
+    """What stands in every row: device, its clocks now, driver, versions, commit and time."""
+    versions = ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
+    if device.type == "cuda":
+        name, (clocks, driver) = torch.cuda.get_device_name(device), _gpu_clocks(device.index or 0)
+    else:
+        name, clocks, driver = cpu_name(), _cpu_clocks(), f"none ({platform.system()} {platform.release()})"
+    return {
+        "device": name,
+        "clocks": clocks,
+        "driver": driver,
+        "versions": f"{versions}, Python {platform.python_version()}",
+        "commit": _commit(),
+        "time": dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _gpu_clocks(index: int) -> tuple[str, str]:
+    """Clocks of the multiprocessors and the memory, and the driver's version, as the driver says now."""
+    query = "--query-gpu=clocks.sm,clocks.mem,driver_version"
+    command = ["nvidia-smi", query, "--format=csv,noheader", f"--id={index}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        multiprocessors, memory, driver = done.stdout.strip().split(", ")
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return "unknown", "unknown"
+    return f"multiprocessors {multiprocessors}, memory {memory}", driver
+
+
+def _cpu_clocks() -> str:
+    """The cores' lowest and highest clock now; a virtual machine may tell its nominal one."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    found = [float(line.partition(":")[2]) for line in text.splitlines() if line.startswith("cpu MHz")]
+    return f"{min(found):.0f} to {max(found):.0f} MHz" if found else "unknown"
+
+
+@functools.cache
 def cpu_name() -> str:
     """The processor as it names itself, with family and model: cloud machines hide the rest."""
     fields: dict[str, str] = {}
@@ -69,6 +108,7 @@ def _load() -> str:
     return f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
 
 
+@functools.cache
 def _version(package: str) -> str:
     try:
         return metadata.version(package)
@@ -85,9 +125,12 @@ def _compiler() -> str:
     return (done.stdout.splitlines() or ["unknown compiler"])[0]
 
 
+@functools.cache
 def _commit() -> str:
     """Short hash of the checkout, with ``+`` where files differ from it."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    command = ["git", "describe", "--always", "--dirty=+"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
     return done.stdout.strip() or "unknown"

@@ -7,6 +7,7 @@ what leaving blocks out costs is the suite ``fidelity``'s subject.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,17 +15,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import blade_compile
 from benchmarks import peers
 from benchmarks.attention_gate import Problem, backward_gate, exact_rows, forward_gate, relative
 from benchmarks.cpu_attention import flex_call
 from benchmarks.registry import Arm, Case, Plan, WrongResultError, suite
+from benchmarks.split import kept, time_split
+from blade_compile.config import BladeConfig
 from blade_compile.kernels import ops as _ops  # noqa: F401 (registers the operators)
+from blade_compile.kernels import selection
 
-FULL = {
-    "cpu": {"lengths": (2048, 4096, 8192, 16384), "heads": 2, "dtypes": (torch.float32, torch.bfloat16)},
-    "cuda": {"lengths": (4608, 17792, 32768, 75648), "heads": 12, "dtypes": (torch.bfloat16,)},
-}
+FULL: dict[str, dict[str, Any]] = {
+    "cpu": {
+        "lengths": (2048, 4096, 8192, 16384), "heads": 2, "dtypes": (torch.float32, torch.bfloat16),
+        "grid": (8, 32, 32),
+    },
+    "cuda": {
+        "lengths": (4608, 17792, 32768, 75648), "heads": 12, "dtypes": (torch.bfloat16,), "grid": (32, 32, 32)
+    },
+}  # fmt: skip
 DIMS, SPARSITIES, BLOCKS = (64, 128), (0.5, 0.8, 0.9), (64, 128)
+POLICIES = ("asa", "asa_g", "adaspa", "vsa", "sparge", "xattention", "sta", "radial")
 QUICK: dict[str, Any] = {"lengths": (2048, 4096), "dims": (128,), "sparsities": (0.8,), "blocks": (128,)}
 
 
@@ -39,6 +50,7 @@ def cases(plan: Plan) -> Iterator[Case]:
     if not plan.quick:
         for dtype, D in itertools.product(dtypes, dims):
             yield _backward(plan, dtype, full["heads"], lengths[-2], D)
+        yield _policies(plan, dtypes[-1], full["heads"], full["grid"], dims[-1])
 
 
 def inputs(plan: Plan, dtype: torch.dtype, H: int, S: int, D: int, count: int = 3) -> list[Tensor]:
@@ -73,6 +85,8 @@ def _forward(plan: Plan, dtype: torch.dtype, H: int, S: int, D: int) -> Case:
         return made
 
     absent = peers.absent(plan.device)
+    if plan.device.type == "cpu" and min(blocks) < 128:
+        absent["FlexAttention, block 64"] = "its CPU template would be compiled once more for each"
     return Case(_name("forward", dtype, S, D), arms, _about("forward", dtype, H, S, D), absent)
 
 
@@ -92,6 +106,10 @@ def _sparse_arms(p: Problem, sparsity: float) -> Iterator[Arm]:
         f"{name}: prediction", lambda: torch.ops.blade.mask_predict(p.q, p.k, **predict), of=name,
         about={"part": "prediction"},
     )  # fmt: skip
+    block_map = torch.rand(1, p.q.shape[1], p.num_blocks, p.num_blocks, device=p.q.device)
+    yield Arm(
+        f"{name}: selection alone", lambda: selection.select(block_map, sparsity), of=name, about={"part": "selection"}
+    )
     yield Arm(
         f"{name}: attention",
         lambda: attend(p.q, p.k, p.v, p.num, p.idx, block_size=p.block)[0],
@@ -100,8 +118,58 @@ def _sparse_arms(p: Problem, sparsity: float) -> Iterator[Arm]:
         about={**about, "part": "attention"},
     )
     if p.q.device.type == "cpu" and p.block < 128:
-        return  # FlexAttention's CPU template takes other blocks too, but costs a compilation for each
+        return
     yield Arm(f"FlexAttention, {label}", flex_call(p), gate(forward_gate(p, strict=False)), about=about)
+
+
+def _policies(plan: Plan, dtype: torch.dtype, H: int, grid: tuple[int, int, int], D: int) -> Case:
+    """Every policy on one attention, as it is called directly: order, prediction, selection and attention."""
+    S = math.prod(grid)
+
+    def arms() -> list[Arm]:
+        q, k, v = inputs(plan, dtype, H, S, D)
+        full = _problem(q, k, v, 0.0, 128)
+        dense = lambda: F.scaled_dot_product_attention(q, k, v)  # noqa: E731
+        made = [
+            Arm("dense", dense, gate(forward_gate(full, strict=False)), about={"density": 1.0, "flops": full.flops})
+        ]
+        for policy in POLICIES:
+            made += _policy_arms(plan, full, policy, grid)
+        return made
+
+    about = _about("policies", dtype, H, S, D)
+    return Case(f"policies {about['dtype']} D={D} S={S}", arms, about)
+
+
+def _policy_arms(plan: Plan, full: Problem, policy: str, grid: tuple[int, int, int]) -> Iterator[Arm]:
+    """A policy at each sparsity, and, not timed, with every block.
+
+    A result is compared with fp64 on the blocks that the policy lists. Policies with an order or global tokens attend
+    to something else than their lists say of the plain sequence: those rest on the arm that keeps every block.
+    """
+    q, k, v = full.q, full.k, full.v
+    every = f"blade {policy}, every block"
+    for sparsity in (0.0, *SPARSITIES):
+        config = BladeConfig(policy=policy, sparsity=sparsity, grid=grid, when="always")
+        call = lambda config=config: blade_compile.sparse_attention(q, k, v, config=config)  # noqa: E731
+        if not sparsity:
+            yield Arm(every, call, gate(forward_gate(full)), timed=False)
+            continue
+        check: Callable[[Tensor], float | None] = finite
+        if policy != "asa_g" and config.inner_order == "none":
+            lists = blade_compile.mask_predict(q, k, config=config)
+            check = gate(forward_gate(Problem(q, k, v, *lists, config.block)))
+        about = {"policy": policy, "sparsity": sparsity, "block": config.block}
+        after = lambda call=call: {**kept(call), "split": time_split(call, plan.device)}  # noqa: E731
+        name = f"blade {policy}, sparsity {sparsity}"
+        yield Arm(name, call, check, about=about, certified_by=every, after=after)
+
+
+def finite(out: Tensor) -> float | None:
+    """A check that refuses what is not finite, and knows no error."""
+    if not out.isfinite().all():
+        raise WrongResultError("the output is not finite")
+    return None
 
 
 def _backward(plan: Plan, dtype: torch.dtype, H: int, S: int, D: int) -> Case:
@@ -134,8 +202,7 @@ def _distance(full: Problem) -> Callable[[Tensor], float]:
     exact = exact_rows(full, head, row)[0]
 
     def check(out: Tensor) -> float:
-        if not out.isfinite().all():
-            raise WrongResultError("the output is not finite")
+        finite(out)
         return relative(out[0, head, full.tokens(row)], exact)
 
     return check

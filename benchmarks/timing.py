@@ -67,6 +67,7 @@ def paired(
     budget: float | None = None,
     clock: Callable[[], float] = time.perf_counter,
     on_round: Callable[[int], None] | None = None,
+    known: Mapping[str, float] | None = None,
 ) -> dict[str, Timing]:
     """Time several cases against each other.
 
@@ -78,18 +79,22 @@ def paired(
         budget: seconds after which no further round starts; three are always run.
         clock: ``time.process_time`` counts only this process: for one thread on a busy machine.
         on_round: called with the number of finished rounds.
+        known: about how many seconds each case takes, from a caller that has warmed up and checked them itself.
 
     Raises:
         Whatever a case or the gate raises: a wrong result is never timed.
     """
-    repeats = {name: _warm_up(name, case, gate, clock) for name, case in cases.items()}
+    if known is not None:
+        repeats = {name: _repeats(known[name]) for name in cases}
+    else:
+        repeats = {name: _warm_up(name, case, gate, clock) for name, case in cases.items()}
     samples: dict[str, list[float]] = {name: [] for name in cases}
     start = time.perf_counter()
     for done in range(rounds):
         if budget is not None and done >= 3 and time.perf_counter() - start > budget:
             break
         for name in list(cases) if done % 2 == 0 else reversed(cases):
-            samples[name].append(_sample(cases[name], repeats[name], clock))
+            samples[name].append(sample(cases[name], repeats[name], clock))
         if on_round is not None:
             on_round(done + 1)
     return {name: Timing(tuple(values)) for name, values in samples.items()}
@@ -101,11 +106,15 @@ def _warm_up(name: str, case: Case, gate: Gate | None, clock: Callable[[], float
     if gate is not None:
         gate(name, result)
     del result
-    seconds = _sample(case, 1, clock)
+    return _repeats(sample(case, 1, clock))
+
+
+def _repeats(seconds: float) -> int:
     return max(1, round(SHORTEST_SAMPLE / max(seconds, 1e-7))) if seconds < SHORTEST_SAMPLE else 1
 
 
-def _sample(case: Case, repeats: int, clock: Callable[[], float]) -> float:
+def sample(case: Case, repeats: int = 1, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Seconds of one call, the mean of ``repeats``; the device has finished before and after."""
     _synchronize()
     start = clock()
     for _ in range(repeats):

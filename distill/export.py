@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -88,10 +89,10 @@ def gather(model: nn.Module, replaced: Mapping[str, Tensor] | None = None) -> di
 
 def _lora_layers(model: nn.Module) -> dict[str, Any]:
     """Layers that hold adapters, by plain name."""
-    try:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-    except ImportError:
+    if "peft" not in sys.modules:  # then nothing can hold adapters, and importing it takes seconds
         return {}
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     return {_plain_name(name): m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
 
 

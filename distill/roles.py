@@ -3,12 +3,13 @@
 =======  ==============================  ======================  ==============================================
 role     weights                         compiled by             trained
 =======  ==============================  ======================  ==============================================
-student  base and adapter "student"      blade, sparse           its adapter (without LoRA: all its weights)
-critic   base and adapter "critic"       Inductor, or blade      its adapter (without LoRA: all its weights)
+student  base and adapter "student"      blade, sparse           the adapter (without LoRA: all its weights)
+critic   base and adapter "critic"       Inductor, or blade      the adapter (without LoRA: all its weights)
 teacher  base                            Inductor, or blade      nothing
 =======  ==============================  ======================  ==============================================
 
-What is trained is kept in fp32; ``parallel.mixed_precision`` is the precision of forward and backward passes.
+Blocks are compiled one by one, so that layers share a graph. What is trained is kept in fp32;
+``parallel.mixed_precision`` is the precision of forward and backward passes.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from blade_compile.distill.schedules import wide
 from blade_compile.distill.sharding import shard, whole
 from blade_compile.distill.step_condition import TABLE, step_biases
 
+_BY_LAYER = ("include", "exclude", "calibration")
+
 
 class Roles:
     """The three models of a run. Without LoRA each is a module of its own, else all are the one that is given."""
@@ -56,7 +59,8 @@ class Roles:
             mesh: one-dimensional, of all ranks; with ``parallel.fsdp`` weights are sharded over it. None: one rank.
 
         Raises:
-            ConfigError: float16 is asked for, no layer fits ``lora.targets``, or there is nothing to tell K to.
+            ConfigError: float16 is asked for, no layer fits ``lora.targets``, there is nothing to tell K to, or the
+                options of the backend tell layers apart where blocks have to run one by one.
         """
         check_precision(config)
         self.config, self.adapter, self.device = config, adapter, device
@@ -68,7 +72,8 @@ class Roles:
         for module in self._distinct():
             blocks = blocks_of(module, adapter)
             recompute = config.parallel.activation_checkpointing and bool(blocks)
-            self._stages[id(module)] = Stage(module, blocks or [module], recompute=recompute)
+            units = blocks if blocks and not self._tells_layers_apart(sharded or recompute) else [module]
+            self._stages[id(module)] = Stage(module, units, recompute=recompute)
             if sharded and mesh is not None:
                 trained = any(p.requires_grad for p in module.parameters())
                 gathered = self._compute if trained and config.lora is None else None
@@ -164,6 +169,16 @@ class Roles:
     def _blade_options(self, step: int | None) -> dict[str, Any]:
         return self.config.sparsity.options(grid=self.adapter.token_grid(self.config.latent), step=step)
 
+    def _tells_layers_apart(self, block_by_block: bool) -> bool:
+        """Whether the options name layers, which blocks that share one compiled graph have no names for."""
+        named = [name for name in _BY_LAYER if name in self.config.sparsity.blade_options]
+        if named and block_by_block:
+            raise ConfigError(
+                f"sparsity.blade_options has {', '.join(named)}, which tells layers apart, but with parallel.fsdp or "
+                "parallel.activation_checkpointing all blocks share one compiled graph; leave it out or set both false"
+            )
+        return bool(named)
+
     def _sparse(self, role: Role) -> bool:
         sparsity = self.config.sparsity
         return {"student": True, "critic": sparsity.critic_sparse, "teacher": sparsity.teacher_sparse}[role]
@@ -205,9 +220,15 @@ class Roles:
         """Raise, with the backend's reasons."""
         stage = self._stage("student")
         stage.plain()
-        asking = _Asking(self, stage.module)
+        seen: list[tuple[Any, Any]] = []
+        hook = stage.module.register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True
+        )
         with torch.no_grad(), self._autocast():
-            report = explain(asking, x, time, dict(condition), blade_options=self._options)
+            self._predict("student", x, time, condition)
+            hook.remove()
+            args, kwargs = seen[0]
+            report = explain(stage.module, *args, blade_options=self._options, **kwargs)
         reasons = list(dict.fromkeys(f"{site.path}: {site.reason}" for site in report if not site.rewritten))[:4]
         said = "; ".join([report.headline, *reasons, *report.notes[:2]])
         raise ConfigError(
@@ -297,17 +318,6 @@ class Roles:
     def _final(self) -> dict[str, Tensor]:
         tensors: Mapping[str, Tensor] = self.parameters("student") if self.average is None else self.average
         return {name: whole(t) for name, t in tensors.items()}
-
-
-class _Asking(nn.Module):
-    """The student as ``explain`` calls it."""
-
-    def __init__(self, roles: Roles, module: nn.Module) -> None:
-        super().__init__()
-        self.roles, self.module = roles, module
-
-    def forward(self, x: Tensor, time: Tensor, condition: Mapping[str, Any]) -> Tensor:
-        return self.roles._predict("student", x, time, condition)
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import compare, report_html, runner
-from benchmarks.__main__ import main, write
+from benchmarks import compare, runner
+from benchmarks.__main__ import main
 from benchmarks.registry import SUITES, Arm, Case, Plan, WrongResultError, suite
 
 PLAN = Plan(torch.device("cpu"))
@@ -54,7 +54,9 @@ def test_a_row_has_its_figures() -> None:
     assert len(blade["samples"]) == blade["seconds"]["samples"] == 9
     assert blade["tflops"] == pytest.approx(10.0)
     assert blade["error"] == pytest.approx(1e-4)
-    assert {"suite", "case", "device", "seed", "started", "S", "first_call"} <= blade.keys()
+    assert {"suite", "case", "S", "first_call"} <= blade.keys()
+    assert all(blade[name] for name in ("device", "clocks", "driver", "versions", "commit", "time"))
+    assert blade["seed"] == 0
     assert _row(rows, "peer")["status"] == "absent"
 
 
@@ -68,6 +70,50 @@ def test_a_wrong_result_is_never_timed_and_hides_nobody() -> None:
     assert not {"speedup", "seconds", "tflops"} & blade.keys()
     assert "allowed" in blade["reason"]
     assert _row(rows, "flex")["speedup"]["median"] == pytest.approx(2.0)
+
+
+def test_an_arm_is_as_wrong_as_the_one_that_certifies_it() -> None:
+    def check(result: float) -> float:
+        raise WrongResultError("error 1, allowed 0")
+
+    arms = [
+        Arm("dense", lambda: 1.0),
+        Arm("every block", lambda: 1.0, check, timed=False),
+        Arm("sparse", lambda: 1.0, certified_by="every block"),
+        Arm("other", lambda: 1.0, certified_by="dense"),
+    ]
+    rows = runner.run_case("models", Case("a case", lambda: arms), PLAN, rounds=3)
+    sparse = _row(rows, "sparse")
+    assert sparse["status"] == "wrong"
+    assert "'every block', which is wrong: error 1" in sparse["reason"]
+    assert not {"speedup", "seconds", "samples"} & sparse.keys()
+    assert "speedup" in _row(rows, "other")
+
+
+def test_arms_that_only_certify_are_not_timed() -> None:
+    arms = [Arm("dense", lambda: 1.0), Arm("every block", lambda: 1.0, timed=False)]
+    rows = runner.run_case("models", Case("a case", lambda: arms), PLAN, rounds=3)
+    assert _row(rows, "every block")["status"] == "ok"
+    assert "seconds" not in _row(rows, "every block")
+
+
+def test_what_is_measured_after_the_clock_is_in_the_row() -> None:
+    arms = [Arm("dense", lambda: 1.0), Arm("sparse", lambda: 1.0, after=lambda: {"density": 0.25})]
+    rows = runner.run_case("models", Case("a case", lambda: arms), PLAN, rounds=3)
+    assert _row(rows, "sparse")["density"] == 0.25
+
+
+def test_rows_of_other_processes_are_stamped_too() -> None:
+    case = Case("a case", about={"S": 8}, rows=lambda: [{"arm": "cold", "seconds": 1.0}])
+    (row,) = runner.run_case("compile", case, PLAN)
+    assert (row["arm"], row["status"], row["S"], row["seconds"]) == ("cold", "ok", 8, 1.0)
+    assert row["commit"]
+
+    def wrong() -> list[dict[str, Any]]:
+        raise WrongResultError("error 1")
+
+    (row,) = runner.run_case("compile", Case("a case", rows=wrong), PLAN)
+    assert (row["status"], row["reason"]) == ("wrong", "error 1")
 
 
 def test_without_a_right_baseline_there_is_no_speedup() -> None:
@@ -135,71 +181,3 @@ def test_memory_of_a_call_is_seen() -> None:
 def test_a_suite_name_is_taken_once() -> None:
     with pytest.raises(ValueError, match="registered twice"):
         suite("ops")(SUITES["ops"])
-
-
-def test_the_page_holds_every_row_and_needs_no_network(tmp_path: Path) -> None:
-    rows = _rows({"dense": 0.4, "blade <b>": 0.1})
-    site = {
-        "name": "blocks.0.attn1",
-        "kind": "sdpa",
-        "code": "rewritten",
-        "density": 0.2,
-        "reason": "runs block-sparse",
-    }
-    content = {
-        "title": "t", "command": "c", "setup": _setup(), "notes": [], "rows": rows, "not_run": ["suite x: not run"],
-        "sites": {"m": {"headline": "1 of 1", "sites": [site]}},
-    }  # fmt: skip
-    write(content, tmp_path)
-    page = (tmp_path / "report.html").read_text()
-    assert "blade &lt;b&gt;" in page
-    assert "4.00x (4.00-4.00)" in page
-    assert "peer (is not installed)" in page
-    assert "blocks.0.attn1" in page
-    assert "suite x: not run" in page
-    assert "http" not in page.replace("http://www.w3.org", "")
-    assert json.loads((tmp_path / "report.json").read_text())["rows"] == rows
-
-
-def _setup() -> dict[str, str]:
-    from benchmarks import setup_info
-
-    return setup_info.collect()
-
-
-def _ops_row(**more: Any) -> dict[str, Any]:
-    span = {"median": 4.0, "low": 3.5, "high": 4.5}
-    row = {
-        "suite": "ops",
-        "case": "c",
-        "kind": "forward",
-        "policy": "asa",
-        "block": 128,
-        "density": 0.2,
-        "arm": "blade",
-    }
-    return {**row, "dtype": "float32", "D": 64, "S": 2048, "sparsity": 0.8, "speedup": span, **more}
-
-
-def test_plots_are_drawn_from_rows_and_take_the_pages_ink() -> None:
-    from benchmarks import plots
-
-    rows = [_ops_row(), _ops_row(S=4096), _ops_row(S=4096, sparsity=0.5, density=0.5)]
-    model = {**_ops_row(suite="models", arm="blade asa, sparsity 0.8", model="wan", error=0.1), "kind": ""}
-    rows.append({**model, "split": {"prediction": 0.1, "attention": 0.2, "rest": 1.0}})
-    for draw in plots.PLOTS.values():
-        svg = draw(rows)
-        assert svg is not None
-        assert "currentColor" in svg
-        assert plots.INK not in svg
-        assert draw([]) is None
-
-
-def test_quantities() -> None:
-    assert [report_html.quantity(s) for s in (2.0, 0.0125, 3e-5, 4e-7, None)] == [
-        "2 s",
-        "12.5 ms",
-        "30 µs",
-        "0.4 µs",
-        "",
-    ]

@@ -9,9 +9,12 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from benchmarks import models, peers, suite_models, suite_ops
+from benchmarks import models, peers, sdpa, suite_models, suite_ops
 from benchmarks.registry import Plan, WrongResultError
+from benchmarks.split import PARTS, quietest
+from tests.benchmarks.tiny_models import tiny
 
 PLAN = Plan(torch.device("cpu"))
 
@@ -54,28 +57,78 @@ def test_models_have_published_shapes_and_run_scaled(name: str) -> None:
     assert "scaled down" in model.describe(tiny)
 
 
-def test_a_models_arms_are_certified_by_the_one_that_keeps_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = torch.compile
-
-    def compile_(module: object, backend: str, options: object) -> object:  # Inductor's own code is not the subject
-        return plain(module, backend="eager" if backend == "inductor" else backend, options=options)
-
-    monkeypatch.setattr(torch, "compile", compile_)
-    wan = models.MODELS["wan2.1-1.3b"]
-    config = {**wan.scaled.config, "num_layers": 1, "num_attention_heads": 1, "ffn_dim": 64}
-    small = dataclasses.replace(wan, scaled=models.Size(config, (2, 16, 32), 8))
-    arms = {arm.name: arm for arm in suite_models._arms(small, PLAN, {})}
-    for arm in arms.values():
-        assert arm.check is not None
-        assert arm.check(arm.call()) < 0.1
-    every = arms["blade, every block"]
+@pytest.mark.usefixtures("no_inductor")
+def test_a_models_arms_are_certified_by_the_one_that_keeps_every_block() -> None:
+    small = tiny("wan2.1-1.3b")
+    options = {"sparsity": 0.5, "when": "always"}
+    arms = {arm.name: arm for arm in suite_models._arms(small, PLAN, {"blade": options})}
+    errors = {name: arm.check(arm.call()) for name, arm in arms.items() if arm.check is not None}
+    assert all(error is not None and error < 0.1 for error in errors.values())
+    every, sparse = arms[suite_models.EVERY_BLOCK], arms["blade"]
     assert every.check is not None
     with pytest.raises(WrongResultError, match="against fp32"):
-        every.check(every.call() + 1)
-    split = suite_models.time_split(every.call, PLAN.device)
-    assert split["attention"] > 0
-    assert split["rest"] > 0
+        every.check(every.call() * 1.001)
+    assert sparse.certified_by == every.name
+    assert errors["blade"] > 10 * errors[every.name]  # type: ignore[operator]
+    assert sparse.after is not None
+    found = sparse.after()
+    assert found["density"] == 0.5
+    assert found["attention_flops"] == 4 * 2 * 512 * 512 * 128 * 0.5
+    assert set(found["split"]) == set(PARTS)
+    assert all(seconds > 0 for seconds in found["split"].values())
     assert suite_models.site_table(small, PLAN)["sites"]
+
+
+def test_contenders_share_their_weights() -> None:
+    run = suite_models.contenders(tiny("wan2.1-1.3b"), PLAN)
+    owned: list[nn.Module] = []
+    run._step = lambda module, inputs: owned.append(module) or (lambda: None)  # type: ignore[method-assign, func-returns-value, assignment]
+    run.dense({})
+    (compiled,) = owned
+    assert compiled._orig_mod is not run.model
+    pairs = zip(compiled._orig_mod.parameters(), run.model.parameters(), strict=True)
+    assert all(a is b for a, b in pairs)
+
+
+def test_a_gate_without_a_right_baseline_lets_nobody_through() -> None:
+    gate = suite_models.StepGate(torch.ones(4))
+    with pytest.raises(WrongResultError):
+        gate.as_near(torch.ones(4))
+    assert gate.baseline(torch.ones(4)) == 0
+    assert gate.as_near(torch.ones(4) * (1 + 1e-6)) < 1e-5
+    for wrong in (torch.ones(4) * 1.001, torch.ones(5), torch.full((4,), torch.nan)):
+        with pytest.raises(WrongResultError):
+            gate.as_near(wrong)
+    with pytest.raises(WrongResultError, match="not finite"):
+        gate.distance(torch.full((4,), torch.nan))
+
+
+@pytest.mark.parametrize("policy", suite_ops.POLICIES)
+def test_every_policy_passes_its_gates(policy: str) -> None:
+    q, k, v = suite_ops.inputs(PLAN, torch.float32, 1, 1024, 32)
+    full = suite_ops._problem(q, k, v, 0.0, 128)
+    arms = list(suite_ops._policy_arms(PLAN, full, policy, (4, 16, 16)))
+    every, *sparse = arms
+    assert not every.timed
+    assert all(arm.certified_by == every.name for arm in sparse)
+    for arm in (every, sparse[0]):
+        assert arm.check is not None
+        error = arm.check(arm.call())
+        assert error is None or error < 1e-5
+    assert every.check is not None
+    with pytest.raises(WrongResultError):
+        every.check(every.call() * 1.01)
+
+
+def test_parts_are_those_of_the_quietest_call() -> None:
+    found = iter([{"a": 1.0, "rest": 5.0}, {"a": 2.0, "rest": 1.0}, {"a": 9.0, "rest": 9.0}])
+    assert quietest(lambda: next(found), 3) == {"a": 2.0, "rest": 1.0}
+
+
+def test_the_best_backend_of_a_cpu_is_its_only_one() -> None:
+    assert sdpa.best(PLAN.device, torch.float32, 1, 64, 16) == "default"
+    with sdpa.preferring("default")():
+        pass
 
 
 def test_a_peers_adapter_on_a_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,3 +146,24 @@ def test_a_peers_adapter_on_a_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace())
     assert "another version" in str(peers.PEERS[0].find())
     assert all("GPU" in why for why in peers.absent(PLAN.device).values())
+
+
+def test_vsas_adapter_hands_over_its_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = torch.randn(1, 2, 640, 16)
+    seen: dict[str, object] = {}
+
+    def video_sparse_attn(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variable_block_sizes: torch.Tensor,
+        q_variable_block_sizes: torch.Tensor, topk: int, block_size: int | tuple[int, ...] = 64,
+    ) -> torch.Tensor:  # fmt: skip
+        seen.update(sizes=variable_block_sizes, topk=topk, block_size=block_size)
+        return v
+
+    monkeypatch.setitem(sys.modules, "fastvideo_kernel", types.SimpleNamespace(video_sparse_attn=video_sparse_attn))
+    vsa = next(peer for peer in peers.PEERS if peer.name == "VSA")
+    call = vsa.find(q)
+    assert not isinstance(call, str)
+    assert call(q, q, q) is q
+    assert torch.equal(seen["sizes"], torch.full((10,), 64, dtype=torch.int32))  # type: ignore[arg-type]
+    assert (seen["topk"], seen["block_size"]) == (2, (4, 4, 4))
+    assert not vsa.exact

@@ -60,7 +60,9 @@ def gradients(
     return {name: p.grad.double() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize(
+    "checkpointed", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain", "checkpointed"]
+)
 def test_training_is_as_exact_as_eager(checkpointed: bool) -> None:
     model, args = TinyDiT(checkpointed=checkpointed), inputs()
     exact = gradients(copy.deepcopy(model).double(), tuple(x.double() for x in args))

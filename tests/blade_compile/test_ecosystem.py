@@ -45,6 +45,7 @@ def attention_runs(events: list[observe.Event]) -> int:
     return sum(event.op == "block_sparse_attention" for event in events)
 
 
+@pytest.mark.slow
 def test_wan_in_place(wan: nn.Module, events: list[observe.Event]) -> None:
     model, kwargs = copy.deepcopy(wan), wan_inputs()
     want = model(**kwargs, return_dict=False)[0]

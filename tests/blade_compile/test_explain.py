@@ -383,6 +383,7 @@ print(json.dumps([hits, [site.to_dict() for site in report]]))
 """
 
 
+@pytest.mark.slow
 def test_a_second_process_that_compiles_from_the_cache_gives_the_same_report() -> None:
     runs = []
     for _ in range(2):

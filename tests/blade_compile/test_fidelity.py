@@ -212,6 +212,7 @@ def test_a_file_brings_its_options_and_contradicts_others(tmp_path: Path) -> Non
         BladeConfig(calibration=str(tmp_path / "new.json"))
 
 
+@pytest.mark.slow
 def test_other_sizes_are_refused_with_dynamic_shapes_too(tmp_path: Path) -> None:
     options: dict[str, Any] = {"calibration": calibrated(tmp_path), "when": "always"}
     compiled = torch.compile(soft_model(), backend="blade", options=options, dynamic=True)

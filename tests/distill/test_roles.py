@@ -301,6 +301,18 @@ def test_a_model_that_nothing_of_is_rewritten_is_refused(tmp_path: Path) -> None
             assert out.shape == x.shape
 
 
+def test_options_that_name_layers_mean_the_same_as_in_the_exported_model(tmp_path: Path) -> None:
+    """Blocks that share one graph have no names."""
+    options = {"min_tokens": 1, "exclude": ["blocks.0.*"]}
+    roles = made(tmp_path, sparsity__blade_options=options)
+    x, time, condition = inputs()
+    with torch.no_grad():
+        roles.student(x, time, condition, steps=2)
+    assert roles.sparsity()["sites"] == 1
+    with pytest.raises(ConfigError, match="blade_options has exclude"):
+        made(tmp_path, sparsity__blade_options=options, parallel__activation_checkpointing=True)
+
+
 def test_a_student_that_falls_back_to_dense_later_is_refused(tmp_path: Path) -> None:
     roles = made(tmp_path)
     x, time, condition = inputs()
@@ -371,7 +383,7 @@ def test_mixed_precision_of_every_family(tmp_path: Path, name: str, lora: Any) -
     assert {p.dtype for p in roles.module("teacher").parameters() if not p.requires_grad} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("name", ["wan", "sd3"])
+@pytest.mark.parametrize("name", [pytest.param("wan", marks=pytest.mark.slow), "sd3"])
 def test_blocks_of_diffusers_run_sparse(tmp_path: Path, name: str) -> None:
     sparse = {"sparsity": 0.5, "block_size": 16, "blade_options": {"min_tokens": 1}}
     more = {"lora": LORA, "method__step_choices": [1, 2], "parallel__activation_checkpointing": True}

@@ -160,7 +160,9 @@ def run(folder: Path, world: int, changes: dict[str, Any]) -> dict[str, Tensor]:
     return load_file(file)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow if case == "copies" else ()) for case in CASES]
+)
 def test_two_ranks_are_one(tmp_path: Path, case: str) -> None:
     one, two = (run(tmp_path, world, CASES[case]) for world in (1, 2))
     if CASES[case].get("parallel__fsdp") is False:

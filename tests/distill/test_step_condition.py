@@ -122,6 +122,7 @@ def test_another_k_is_no_other_graph() -> None:
     torch.testing.assert_close(compiled(x), plain)
 
 
+@pytest.mark.slow
 def test_time_embeddings_inside_blocks_are_told_in_the_recomputation_too(tmp_path: Path) -> None:
     """DiT has one in each block."""
     found = []
