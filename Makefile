@@ -23,8 +23,9 @@ $(STAMP): constraints.txt pyproject.toml scripts/setup.sh
 demo: $(STAMP)  ## compile a Wan transformer with plain Inductor and with blade, and compare (CPU: about 6 minutes)
 	@$(BIN)/python -m benchmarks.demo
 
-test: lint types  ## lint, types and all tests but the slow ones (under 15 minutes on 2 cores)
-	$(PYTEST) -m "not slow"
+test: lint  ## lint, types and all tests but the slow ones (under 15 minutes on 2 cores)
+	@$(MAKE) --no-print-directory types & types=$$!; $(PYTEST) -m "not slow"; tests=$$?; \
+		wait $$types || { echo "the types are wrong, see above"; exit 1; }; exit $$tests
 
 test-slow: $(STAMP)  ## the tests that take minutes each
 	$(PYTEST) -m slow

@@ -124,13 +124,8 @@ def test_weights_depend_on_names_only() -> None:
         assert (a != 0).all()
 
 
-QUICK = ("DiTTransformer2DModel",)
-"""One shows that the way there works: the committed table, which tests/test_tables.py holds to this source, has all."""
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in REPRESENTATIVE]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REPRESENTATIVE)
 def test_class_runs_through_blade(name: str) -> None:
     """The row that `make conformance` would write: sites, exactness with all blocks kept, kernel runs, gradients."""
     row = judge(BY_NAME[name])

@@ -114,6 +114,7 @@ def test_guidance_doubles_the_work() -> None:
     assert headline._guided(one, "none") == (one,)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_inductor")
 def test_every_phase_of_adaspa_is_measured() -> None:
     (case,) = headline.cases("hunyuanvideo", PLAN, tiny("hunyuanvideo", (4, 16, 16)))

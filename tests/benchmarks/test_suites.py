@@ -57,6 +57,7 @@ def test_models_have_published_shapes_and_run_scaled(name: str) -> None:
     assert "scaled down" in model.describe(tiny)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_inductor")
 def test_a_models_arms_are_certified_by_the_one_that_keeps_every_block() -> None:
     small = tiny("wan2.1-1.3b")

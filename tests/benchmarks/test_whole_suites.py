@@ -18,6 +18,7 @@ def _by_name(arms: list[Arm]) -> dict[str, Arm]:
     return {arm.name: arm for arm in arms}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_inductor")
 def test_a_generation_goes_from_the_prompt_to_frames() -> None:
     case = suite_pipeline.pipeline_case(WAN, PLAN, steps=1)

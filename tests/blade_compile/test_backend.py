@@ -24,6 +24,7 @@ def executed(events: list[observe.Event]) -> list[tuple[str, str]]:
     return [(event.op, event.site) for event in events]
 
 
+@pytest.mark.slow
 def test_dense_settings_reproduce_the_model() -> None:
     model, args = TinyDiT(), inputs()
     with torch.no_grad(), observe.record() as events:
@@ -72,6 +73,7 @@ def test_training_is_as_exact_as_eager(checkpointed: bool) -> None:
         assert error <= allowed, f"{name}: {error:.1e} of {allowed:.1e}"
 
 
+@pytest.mark.slow
 def test_checkpointing_predicts_each_mask_once() -> None:
     model, args = TinyDiT(checkpointed=True), inputs()
     compiled = torch.compile(model, backend="blade", options=HALF, fullgraph=True)
@@ -81,6 +83,7 @@ def test_checkpointing_predicts_each_mask_once() -> None:
     assert ops.count("mask_predict") == 2 and ops.count("block_sparse_attention_backward") == 2
 
 
+@pytest.mark.slow
 def test_ten_lengths_compile_at_most_twice() -> None:
     model = TinyDiT(layers=1)
     options = {**DENSE, "when": "auto", "min_tokens": 100}  # some lengths are below, some above
@@ -110,6 +113,7 @@ def test_ten_lengths_compile_at_most_twice() -> None:
     assert count <= 2
 
 
+@pytest.mark.slow
 def test_autocast() -> None:
     model, args = TinyDiT(), inputs()
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16), observe.record() as events:
@@ -126,6 +130,7 @@ def test_reduce_overhead_is_accepted() -> None:
         torch.testing.assert_close(out, model(*args), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_models_with_different_options_in_one_process() -> None:
     model, args = TinyDiT(), inputs()
     twin = copy.deepcopy(model)
@@ -138,6 +143,7 @@ def test_two_models_with_different_options_in_one_process() -> None:
             assert [e.density for e in events if e.op == "mask_predict"] == pytest.approx(want)
 
 
+@pytest.mark.slow
 def test_regional_compilation_gives_the_masks_of_the_whole_model() -> None:
     model, args = TinyDiT(), inputs()
     regional = copy.deepcopy(model)
@@ -245,6 +251,7 @@ print(json.dumps({"hits": counters["inductor"]["fxgraph_cache_hit"], "density": 
 """
 
 
+@pytest.mark.slow
 def test_a_second_process_hits_the_cache_and_other_options_miss(tmp_path: Path) -> None:
     env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_FX_GRAPH_CACHE": "1"}
     env |= {

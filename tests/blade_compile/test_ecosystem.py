@@ -62,6 +62,7 @@ def test_repeated_blocks(wan: nn.Module, events: list[observe.Event]) -> None:
     assert attention_runs(events) == 2
 
 
+@pytest.mark.slow
 def test_lora_adapter(wan: nn.Module, events: list[observe.Event]) -> None:
     from peft import LoraConfig
 
@@ -74,6 +75,7 @@ def test_lora_adapter(wan: nn.Module, events: list[observe.Event]) -> None:
     assert attention_runs(events) == 2
 
 
+@pytest.mark.slow
 def test_int8_weights(events: list[observe.Event]) -> None:
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
@@ -96,6 +98,7 @@ def test_offloading_hooks(events: list[observe.Event]) -> None:
     assert attention_runs(events) == 2
 
 
+@pytest.mark.slow
 def test_export_and_aot_inductor(events: list[observe.Event], tmp_path: Path) -> None:
     model, args = TinyDiT(layers=1), inputs()
     exported = torch.export.export(model, args)
@@ -108,6 +111,7 @@ def test_export_and_aot_inductor(events: list[observe.Event], tmp_path: Path) ->
     torch.testing.assert_close(out, compiled, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_selective_checkpointing_can_name_the_operator() -> None:
     from functools import partial
 

@@ -116,6 +116,7 @@ def test_sampling_follows_a_straight_line_exactly(steps: int, shift: float) -> N
     torch.testing.assert_close(clips, torch.full_like(clips, 0.3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sparsity", [0.0, 0.75])
 def test_blades_backend_rewrites_every_block(sparsity: float) -> None:
     config = DigitsConfig(frames=4, size=12, patch=(1, 2, 2), width=32, depth=1, heads=2)

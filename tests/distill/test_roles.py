@@ -140,7 +140,7 @@ def test_gradients_reach_only_the_role(tmp_path: Path, lora: Any) -> None:
                 p.grad = None
 
 
-@BOTH
+@pytest.mark.parametrize("lora", [pytest.param(None, marks=pytest.mark.slow), LORA], ids=["full", "lora"])
 def test_switching_compiles_each_role_once(tmp_path: Path, lora: Any) -> None:
     roles = made(tmp_path, lora=lora, method__step_choices=[1, 2])
     x, time, condition = inputs()
