@@ -58,7 +58,8 @@ def _svg(figure: Any, axes: Any, legend: bool = True) -> str:
     from matplotlib import pyplot as plt
 
     if legend and axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=9)
+        # Outside: inside, the marker of a legend reads as a point of the data.
+        figure.legend(frameon=False, fontsize=9, ncols=2, loc="outside upper left")
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     plt.close(figure)
