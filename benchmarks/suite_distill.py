@@ -17,7 +17,7 @@ from benchmarks.demo import default_dtype
 from benchmarks.models import MODELS, Model
 from benchmarks.registry import Arm, Case, Plan, suite
 from benchmarks.split import kept
-from benchmarks.suite_models import BASELINE, EVERY_BLOCK, StepGate
+from benchmarks.suite_models import BASELINE, EVERY_BLOCK, StepGate, about
 from blade_compile.distill.adapters import Adapter
 from blade_compile.distill.config import RunConfig, resolve
 
@@ -35,17 +35,8 @@ def cases(plan: Plan) -> Iterator[Case]:
 
 def training_case(model: Model, plan: Plan) -> Case:
     """Compiled dense first: it is the baseline."""
-    size, dtype = model.size(plan.device), default_dtype(plan.device.type)
-    about = {
-        "model": model.name,
-        "size": model.describe(size),
-        "dtype": str(dtype).removeprefix("torch."),
-        "S": model.tokens(size),
-        "weights": "random",
-        "steps": K,
-        "cfg_scale": CFG_SCALE,
-    }
-    return Case(f"{model.name}, one training step, K = {K}", lambda: _arms(model, plan), about)
+    columns = about(model, plan) | {"steps": K, "cfg_scale": CFG_SCALE}
+    return Case(f"{model.name}, one training step, K = {K}", lambda: _arms(model, plan), columns)
 
 
 def _arms(model: Model, plan: Plan) -> list[Arm]:

@@ -73,10 +73,7 @@ def _forward(plan: Plan, dtype: torch.dtype, H: int, S: int, D: int) -> Case:
     def arms() -> list[Arm]:
         q, k, v = inputs(plan, dtype, H, S, D)
         full = _problem(q, k, v, 0.0, 128)
-        dense = lambda: F.scaled_dot_product_attention(q, k, v)  # noqa: E731
-        made = [
-            Arm("dense", dense, gate(forward_gate(full, strict=False)), about={"density": 1.0, "flops": full.flops})
-        ]
+        made = [_dense(full)]
         for block, sparsity in itertools.product(blocks, sparsities):
             made += _sparse_arms(_problem(q, k, v, sparsity, block), sparsity)
         for peer, call in peers.calls(q, k, v):
@@ -88,6 +85,12 @@ def _forward(plan: Plan, dtype: torch.dtype, H: int, S: int, D: int) -> Case:
     if plan.device.type == "cpu" and min(blocks) < 128:
         absent["FlexAttention, block 64"] = "its CPU template would be compiled once more for each"
     return Case(_name("forward", dtype, S, D), arms, _about("forward", dtype, H, S, D), absent)
+
+
+def _dense(p: Problem) -> Arm:
+    """The baseline: PyTorch's own attention."""
+    run = lambda: F.scaled_dot_product_attention(p.q, p.k, p.v)  # noqa: E731
+    return Arm("dense", run, gate(forward_gate(p, strict=False)), about={"density": 1.0, "flops": p.flops})
 
 
 def _sparse_arms(p: Problem, sparsity: float) -> Iterator[Arm]:
@@ -129,10 +132,7 @@ def _policies(plan: Plan, dtype: torch.dtype, H: int, grid: tuple[int, int, int]
     def arms() -> list[Arm]:
         q, k, v = inputs(plan, dtype, H, S, D)
         full = _problem(q, k, v, 0.0, 128)
-        dense = lambda: F.scaled_dot_product_attention(q, k, v)  # noqa: E731
-        made = [
-            Arm("dense", dense, gate(forward_gate(full, strict=False)), about={"density": 1.0, "flops": full.flops})
-        ]
+        made = [_dense(full)]
         for policy in POLICIES:
             made += _policy_arms(plan, full, policy, grid)
         return made

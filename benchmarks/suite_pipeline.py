@@ -20,7 +20,7 @@ from benchmarks.demo import default_dtype
 from benchmarks.models import MODELS, Model, Size
 from benchmarks.registry import Arm, Case, Plan, suite
 from benchmarks.split import kept, time_parts
-from benchmarks.suite_models import BASELINE, EVERY_BLOCK, StepGate, every_block
+from benchmarks.suite_models import BASELINE, EVERY_BLOCK, StepGate, about, every_block
 
 MODEL = "wan2.1-1.3b"
 PROMPT, NEGATIVE, CFG_SCALE = "a red fox runs through the snow", "blurred", 5.0
@@ -43,20 +43,14 @@ def cases(plan: Plan) -> Iterator[Case]:
 
 def pipeline_case(model: Model, plan: Plan, steps: int) -> Case:
     """Compiled dense first: it is the baseline."""
-    size, dtype = model.size(plan.device), default_dtype(plan.device.type)
     large = published_parts(plan.device)
-    about = {
-        "model": model.name,
-        "size": model.describe(size),
-        "dtype": str(dtype).removeprefix("torch."),
-        "S": model.tokens(size),
-        "weights": "random",
+    columns = about(model, plan) | {
         "steps": steps,
         "cfg_scale": CFG_SCALE,
         "text_encoder": "published size (UMT5-XXL)" if large else "tiny",
         "vae": "published size" if large else "tiny",
     }
-    return Case(f"{model.name}, {steps} steps with guidance", lambda: _arms(model, plan, steps), about)
+    return Case(f"{model.name}, {steps} steps with guidance", lambda: _arms(model, plan, steps), columns)
 
 
 def published_parts(device: torch.device) -> bool:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -110,7 +108,9 @@ def train(
     if dry_run:
         _show_dry_run(given)
     else:
-        _finish(_function("trainer", "train", "training")(given, resume=resume))
+        from blade_compile.distill.trainer import train as train_run
+
+        _finish(train_run(given, resume=resume))
 
 
 @app.command()
@@ -122,7 +122,9 @@ def export(
 ) -> None:
     """Write what stock diffusers loads: weights, the scheduler trained on, blade.json, a model card."""
     _check_run(run)
-    made = _function("trainer", "export_run", "export of a run")(run, out=out or run / "export", step=step, merge=merge)
+    from blade_compile.distill.trainer import export_run
+
+    made = export_run(run, out=out or run / "export", step=step, merge=merge)
     print(f"wrote {made}")
 
 
@@ -151,7 +153,9 @@ def generate(
     if not export.is_dir():
         raise ConfigError(f"{export} is no folder; give what `blade-distill export` wrote")
     texts = prompts if prompt_file is None else [prompt.text for prompt in _read_prompts(prompt_file)]
-    made = _function("generate", "generate_from_export", "generation")(
+    from blade_compile.distill.generate import generate_from_export
+
+    made = generate_from_export(
         export,
         texts,
         out or export.parent / "generated",
@@ -196,7 +200,9 @@ def evaluate(
         raise ConfigError("--vbench needs --vbench-python: the interpreter of an environment that has VBench installed")
     if not export.is_dir():
         raise ConfigError(f"{export} is no folder; give what `blade-distill export` wrote")
-    _function("evaluate", "evaluate_export", "evaluation")(
+    from blade_compile.distill.evaluate import evaluate_export
+
+    evaluate_export(
         export,
         [prompt.text for prompt in _read_prompts(prompt_file)],
         out or export.parent / "eval",
@@ -220,7 +226,8 @@ def digits(
     """Distil handwritten digits that move: needs no download and no GPU, ends in a table and clips."""
     if quick and full:
         raise ConfigError("--quick and --full exclude each other; give one")
-    run = _function("digits_run", "run", "the digits experiment")
+    from blade_compile.distill.digits_run import run
+
     _finish(run(out=out or Path("runs/digits"), quick=quick, full=full, seed=seed))
 
 
@@ -245,18 +252,9 @@ def _ranks() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _function(module: str, name: str, what: str) -> Any:
-    """A function of a module that is imported now. Raises ``ConfigError`` where this version has no such module."""
-    path = f"blade_compile.distill.{module}"
-    function = getattr(import_module(path), name, None) if find_spec(path) else None
-    if function is None:
-        raise ConfigError(f"{what} is not part of this version of blade, so nothing was done")
-    return function
-
-
-def _finish(code: Any) -> None:
-    """End with a command's own exit code, where it returned one."""
-    if isinstance(code, int) and code:
+def _finish(code: int) -> None:
+    """End with a command's own exit code."""
+    if code:
         raise typer.Exit(code)
 
 

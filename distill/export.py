@@ -38,6 +38,7 @@ from blade_compile.distill.model_card import model_card
 from blade_compile.distill.pipelines import PipelineFamily, classes, pipeline_family
 from blade_compile.distill.samplers import student_scheduler
 from blade_compile.distill.schedules import FlowSchedule, Schedule, schedule_of
+from blade_compile.distill.sharding import whole
 
 FORMAT = 1
 RECORD = "blade.json"
@@ -63,12 +64,6 @@ def _unwrapped(student: nn.Module) -> nn.Module:
     return base_model() if callable(base_model) else student
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    """On the CPU, of all ranks' shards."""
-    full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return full.detach().cpu()
-
-
 def gather(model: nn.Module, replaced: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """All persistent tensors on the CPU, whole, under plain names.
 
@@ -78,12 +73,12 @@ def gather(model: nn.Module, replaced: Mapping[str, Tensor] | None = None) -> di
         model: plain, or wrapped in any way.
         replaced: tensors to take instead, such as an average of the weights, by (plain) name.
     """
-    found = {_plain_name(name): _whole(tensor) for name, tensor in model.state_dict().items()}
+    found = {_plain_name(name): whole(tensor).cpu() for name, tensor in model.state_dict().items()}
     for name, tensor in (replaced or {}).items():
         plain = _plain_name(name)
         if plain not in found:
             raise ConfigError(f"{name!r} is to be exported, but the model has no such tensor")
-        found[plain] = _whole(tensor).to(found[plain].dtype)
+        found[plain] = whole(tensor).cpu().to(found[plain].dtype)
     return found
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blade_compile.distill.errors import ConfigError
+from blade_compile.distill.sharding import whole
 
 TABLE = "step_bias"
 
@@ -113,13 +114,8 @@ def step_biases(model: nn.Module, role: str, values: Mapping[str, Tensor]) -> di
     biases: dict[int, dict[str, Tensor]] = {}
     for name, layer in step_layers(model):
         own = values.get(f"{name}.bias")
-        bias = _whole(layer.bias) if own is None else own
+        bias = whole(layer.bias) if own is None else own
         table = values[f"{name}.{TABLE}.{role}"]
         for row, k in enumerate(layer.choices):
             biases.setdefault(k, {})[f"{name}.bias"] = (bias.to(table.dtype) + table[row]).to(layer.bias.dtype)
     return biases
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return full.detach()

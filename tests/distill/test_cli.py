@@ -177,12 +177,6 @@ def test_an_interrupt_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(monkeypatch, "train", "--config", "digits") == 130
 
 
-def test_a_stage_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
-    stand_in(monkeypatch, "trainer")
-    assert run(monkeypatch, "train", "--config", "digits") == 2
-    assert "training is not part of this version" in capsys.readouterr().err
-
-
 def test_dry_run_starts_nothing(monkeypatch: pytest.MonkeyPatch, capsys: Captured, tmp_path: Path) -> None:
     def started(c: Any, resume: str) -> None:
         raise AssertionError
