@@ -96,12 +96,13 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], record: Mapping
     return target
 
 
-def load(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def load(path: Path, tensors: Mapping[str, Tensor], *, part: bool = False) -> dict[str, Any]:
     """Verify a checkpoint by its hashes and fill tensors from it, in place.
 
     Args:
         path: of one checkpoint.
         tensors: as given to ``save``; DTensors may be sharded otherwise, or over another number of ranks.
+        part: the checkpoint may hold other tensors beside these, which aren't read.
 
     Returns:
         The record, and ``"step"``.
@@ -112,7 +113,7 @@ def load(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """
     path = Path(path)
     _verify(path)
-    state = _on_all(lambda: _fitting_state(path, tensors))[0]
+    state = _on_all(lambda: _fitting_state(path, tensors, part))[0]
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     reader = HuggingFaceStorageReader(str(path))
     with _plain_errors():
@@ -296,11 +297,11 @@ def _record(state: Mapping[str, Any]) -> dict[str, Any]:
     return {**state["record"], "step": state["step"]}
 
 
-def _fitting_state(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The content of ``record.json``, once the tensors are found to be those that it lists."""
+def _fitting_state(path: Path, tensors: Mapping[str, Tensor], part: bool) -> dict[str, Any]:
+    """The content of ``record.json``, once the tensors are found to be those, or a part of those, that it lists."""
     state = read_json(path / RECORD)
     stored, wanted = state["tensors"], _kinds(tensors)
-    for name in [*wanted, *stored]:
+    for name in wanted if part else [*wanted, *stored]:
         if stored.get(name) != wanted.get(name):
             has, needs = (_words(kinds.get(name)) for kinds in (stored, wanted))
             raise ConfigError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from blade_compile.distill import digits_table as table
 from blade_compile.distill.digits_arms import FULL, QUICK, Arm, Budget
 from blade_compile.distill.digits_experiment import Experiment, StoppedError, say
 from blade_compile.distill.digits_rows import machine, write
-from blade_compile.distill.errors import DistillError
+from blade_compile.distill.errors import DistillError, DivergedError
 
 CHANGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "as_it_is": ("student, sparse (joint), as it is", ()),
@@ -40,31 +40,50 @@ def arms() -> tuple[Arm, ...]:
     )
 
 
-def report(experiment: Experiment) -> str:
-    """The table as markdown."""
+def report(experiment: Experiment, failed: Mapping[str, str]) -> str:
+    """The table as markdown. ``failed``: what stopped a line, by its title."""
     lines = table.lines(experiment.rows, {arm.name: arm.title for arm in experiment.arms})
     budget = experiment.budget
     said = (
         f"{budget.updates} updates, {budget.clips} clips, seed {', '.join(map(str, experiment.seeds))}; {machine()}. "
         "One seed says little about differences of a point of accuracy."
     )
-    return f"# Moving digits: one change at a time\n\n{table.markdown(lines)}\n{said}\n"
+    ends = "".join(f"\n- {title}: {why}" for title, why in failed.items())
+    return f"# Moving digits: one change at a time\n\n{table.markdown(lines)}\n{said}\n{ends and ends + chr(10)}"
+
+
+def make(out: Path, budget: Budget, seed: int) -> dict[str, str]:
+    """Make every line. Returns what stopped those that diverged, by title: that is a result too.
+
+    Raises:
+        StoppedError: a training was interrupted.
+    """
+    failed = {}
+    for arm in arms():
+        try:
+            Experiment(out, budget, [arm], (seed,)).run()
+        except DivergedError as error:
+            failed[arm.title] = str(error).partition(" (")[0]
+            say(f"  {failed[arm.title]}")
+    return failed
 
 
 def run(out: Path, budget: Budget, seed: int) -> int:
     """Train, judge and time every line. Returns the exit code."""
-    experiment = Experiment(out, budget, arms(), (seed,))
+    failed: dict[str, str] = {}
     try:
-        experiment.run()
-        experiment.time()
+        failed = make(out, budget, seed)
     except StoppedError as stopped:
         say("stopped before the end; the same command goes on from there")
         return stopped.code
     finally:
-        write(out / "table.md", report(experiment))
-    files = {arm.title: experiment.clips_file(arm, seed) for arm in experiment.arms}
+        whole = Experiment(out, budget, arms(), (seed,))
+        write(out / "table.md", report(whole, failed))
+    whole.time()
+    write(out / "table.md", report(whole, failed))
+    files = {arm.title: whole.clips_file(arm, seed) for arm in whole.arms if arm.title not in failed}
     picture.sheet(picture.kept(files), out / "clips.png")
-    sys.stdout.write(report(experiment))
+    sys.stdout.write(report(whole, failed))
     return 0
 
 

@@ -22,8 +22,13 @@ from blade_compile.distill.roles import TRAINED, Role, Roles
 class TrainState:
     """Student, critic and teacher with the weights that the configuration names, and an optimizer for two of them."""
 
-    def __init__(self, config: RunConfig, here: Ranks) -> None:
+    def __init__(self, config: RunConfig, here: Ranks, *, train: bool = True) -> None:
         """Load the model. With several ranks all have to call this.
+
+        Args:
+            config: of the run.
+            here: this process among the ranks.
+            train: False: without optimizers, whose state is larger than the weights; enough for an export.
 
         Raises:
             ConfigError: it can't be loaded, or can't be trained as configured.
@@ -41,7 +46,7 @@ class TrainState:
                 config.loop.max_steps,
                 replicated=self.roles.replicated,
             )
-            for role in TRAINED
+            for role in (TRAINED if train else ())
         }
 
     def rate(self, role: Role, step: int) -> float:
@@ -58,7 +63,7 @@ class TrainState:
 
     def load(self, checkpoint: Path) -> dict[str, Any]:
         """Go back to a checkpoint; returns its record. Raises as ``checkpoints.load`` does."""
-        return checkpoints.load(checkpoint, self.tensors())
+        return checkpoints.load(checkpoint, self.tensors(), part=not self.optimizers)
 
     def all_finite(self) -> bool:
         """Whether every number of this rank is finite."""

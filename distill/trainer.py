@@ -298,7 +298,7 @@ def export_run(run: Path, *, out: Path, step: int | None = None, merge: bool = F
         found = checkpoints.choose(folder.checkpoints, named)
         if found is None:
             raise ConfigError(f"{run} has no checkpoint; start it: blade-distill train --config {run}/config.yaml")
-        state = TrainState(config, here)
+        state = TrainState(config, here, train=False)
         state.load(found)
         grids = {k: state.adapter.grid(config.latent, k) for k in config.method.all_steps}
         state.export(out, grids, merge=merge)

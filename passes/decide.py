@@ -117,6 +117,10 @@ def decide_site(site: AttentionSite, settings: Settings) -> None:
             return site.refuse("no-gain", why)
     if settings.budgets and not any(_budget(site, settings).sparsity):
         return site.refuse("no-gain", "the calibration keeps every block of this site")
+    if not isinstance(settings.protect, str):
+        for start, length in settings.protect:
+            if statically_known_true(start + length > site.T):
+                warn_outside(start, length, hint(site.T))
     if settings.order != "none" or policies.needs_grid(settings.policy):
         found = _grid(site, settings)
         if found.sizes is None and policies.needs_grid(settings.policy):
@@ -139,6 +143,15 @@ def _grid(site: AttentionSite, settings: Settings) -> grid.Grid:
         warn_misfit(settings.grid, hint(free))
         return grid.Grid(None, misfit)
     return grid.Grid(settings.grid, f"the grid {settings.grid} is given")
+
+
+@functools.cache
+def warn_outside(start: int, length: int, tokens: int) -> None:
+    """One warning per range and number of tokens."""
+    logger.warning(
+        "protect=(%d, %d) reaches beyond the %d tokens of an attention here; what lies beyond protects nothing.",
+        start, length, tokens,
+    )  # fmt: skip
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor.utils import fresh_cache
 
 from blade_compile.backend import blade
 from blade_compile.kernels import accelerator, observe
@@ -213,6 +214,15 @@ def test_a_graph_that_cannot_be_read_is_plain_inductor_with_one_warning(
     torch.testing.assert_close(out, model(*args), rtol=1e-4, atol=1e-5)
     warnings = [r.getMessage() for r in caplog.records if r.name == "blade_compile"]
     assert len(warnings) == 1 and "odd graph" in warnings[0] and "plain Inductor" in warnings[0]
+
+
+def test_a_protected_range_beyond_the_sequence_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    model, args = TinyDiT(layers=1), inputs()
+    options = {**HALF, "protect": ((0, 16), (8, 10_000))}
+    with caplog.at_level(logging.WARNING, "blade_compile"), torch.no_grad(), fresh_cache():
+        torch.compile(model, backend="blade", options=options)(*args)
+    warnings = [r.getMessage() for r in caplog.records if r.name == "blade_compile"]
+    assert len(warnings) == 1 and warnings[0].startswith("protect=(8, 10000) reaches beyond the ")
 
 
 def test_a_users_own_pass_still_runs() -> None:

@@ -112,6 +112,17 @@ def test_no_tensors_are_a_checkpoint_too(tmp_path: Path) -> None:
     assert choose(tmp_path, "auto") is not None
 
 
+def test_a_part_is_read_where_it_is_asked_for(tmp_path: Path) -> None:
+    path = checkpoints.save(tmp_path, 1, {"a": torch.ones(2), "b": torch.ones(3)}, {}, keep_last=1)
+    tensors = {"a": torch.zeros(2)}
+    with pytest.raises(ConfigError, match="of 'b' it has float32"):
+        load(path, tensors)
+    load(path, tensors, part=True)
+    assert tensors["a"].sum() == 2
+    with pytest.raises(ConfigError, match="of 'c' it has nothing"):
+        load(path, {"c": torch.zeros(1)}, part=True)
+
+
 def test_many_tensors_are_spread_over_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "_FILE_BYTES", 1000)
     tensors = {str(i): torch.randn(100) for i in range(12)}

@@ -63,10 +63,13 @@ class Trainings:
         self.teacher, self.asked = teacher, list[RunConfig]()
         self.stop_at: int | None = None
         self.code = 0
+        self.diverges = ""
 
     def __call__(self, config: RunConfig) -> int:
         if len(self.asked) == self.stop_at:
             return self.code
+        if self.diverges and config.name.startswith(self.diverges):
+            raise DivergedError("diverged at step 3: loss/critic is nan (and more)")
         self.asked.append(config)
         adapter = DigitsAdapter(self.teacher.config)
         export(
@@ -468,6 +471,17 @@ def test_the_ablation_goes_on_and_ends_in_a_table(
     assert all(f"| {title} " in text for title, _ in digits_ablation.CHANGES.values())
     assert text == (tmp_path / "table.md").read_text()
     assert digits_ablation.main(["--out", str(tmp_path / "rows.json")]) == 3
+
+
+def test_an_ablation_that_diverges_is_a_line_too(
+    tmp_path: Path, trainings: Trainings, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(digits_ablation, "QUICK", TINY)
+    trainings.diverges = "separate-"
+    assert digits_ablation.main(["--out", str(tmp_path), "--quick"]) == 0
+    assert len(read(tmp_path / "rows.json")) == len(digits_ablation.CHANGES) - 1
+    text = capsys.readouterr().out
+    assert "- separate intervals: diverged at step 3: loss/critic is nan\n" in text and "| squared penalty" in text
 
 
 # Judging and sampling

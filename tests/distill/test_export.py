@@ -20,7 +20,7 @@ from blade_compile.distill.pipelines import PIPELINES
 from blade_compile.distill.samplers import pipeline_sigmas
 from blade_compile.distill.schedules import FlowSchedule, VPSchedule, schedule_of, to_x0_eps
 from blade_compile.kernels import observe
-from tests.distill.tiny_families import CONFIGS, FLOW, SCHEDULERS, pipeline, run, transformer, with_adapter
+from tests.distill.tiny_families import CONFIGS, FLOW, SCHEDULERS, pipeline, run, stock, transformer, with_adapter
 
 LORA = ["wan", "cogvideox", "sd3", "flux"]
 MERGED = ["pixart", "dit"]
@@ -44,20 +44,6 @@ def _export(student: nn.Module, folder: Path, family: str, **given: Any) -> Path
     )  # fmt: skip
 
 
-def _loaded(family: str, folder: Path) -> Any:
-    """A stock pipeline with the export loaded as its model card says."""
-    entry = PIPELINES[family]
-    if read_record(folder)["weights"] == "lora":
-        pipe = pipeline(family, transformer(family))
-        pipe.load_lora_weights(folder)
-    else:
-        cls = getattr(diffusers, entry.transformer)
-        pipe = pipeline(family, cls.from_pretrained(folder, subfolder="transformer").eval())
-    scheduler = getattr(diffusers, read_record(folder)["scheduler"])
-    pipe.scheduler = scheduler.from_pretrained(folder, subfolder="scheduler")
-    return pipe
-
-
 @pytest.mark.parametrize("family", [*LORA, *MERGED])
 def test_round_trip_through_the_stock_pipeline(family: str, tmp_path: Path) -> None:
     student = with_adapter(transformer(family))
@@ -65,7 +51,7 @@ def test_round_trip_through_the_stock_pipeline(family: str, tmp_path: Path) -> N
     assert not torch.allclose(want, run(transformer(family), family), atol=1e-3)
     folder = _export(student, tmp_path / "export", family)
     assert read_record(folder)["weights"] == ("lora" if family in LORA else "merged")
-    torch.testing.assert_close(run(_loaded(family, folder).transformer, family), want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(run(stock(family, folder).transformer, family), want, rtol=1e-5, atol=1e-6)
 
 
 SPARSE = [family if family in {"wan", "dit"} else pytest.param(family, marks=pytest.mark.slow) for family in CONFIGS]
@@ -76,7 +62,7 @@ def test_the_export_runs_sparse(family: str, tmp_path: Path) -> None:
     student = with_adapter(transformer(family))
     want = run(student, family)
     folder = _export(student, tmp_path / "export", family)
-    loaded, options = _loaded(family, folder).transformer, read_record(folder)["options"]
+    loaded, options = stock(family, folder).transformer, read_record(folder)["options"]
     loaded.compile(backend="blade", options=options)
     with observe.record() as events:
         sparse = run(loaded, family)
@@ -116,7 +102,7 @@ def _recorded(model: nn.Module) -> list[tuple[Tensor, Tensor, Tensor]]:
 @pytest.mark.parametrize("family", LORA)
 def test_the_pipeline_takes_the_steps_of_the_training(family: str, tmp_path: Path) -> None:
     folder = _export(with_adapter(transformer(family)), tmp_path / "export", family)
-    pipe, grid = _loaded(family, folder), _grid(family)
+    pipe, grid = stock(family, folder), _grid(family)
     calls = _recorded(pipe.transformer)
     latents = pipe(**_arguments(family))[0]
 
@@ -213,7 +199,7 @@ def test_one_of_two_adapters(tmp_path: Path) -> None:
     want = run(with_adapter(transformer("wan"), seed=1), "wan")
     for merge in (False, True):
         folder = _export(model, tmp_path / f"merge-{merge}", "wan", adapter="student", merge=merge)
-        torch.testing.assert_close(run(_loaded("wan", folder).transformer, "wan"), want, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(run(stock("wan", folder).transformer, "wan"), want, rtol=1e-5, atol=1e-6)
 
 
 def test_peft_model_and_checkpoint_wrappers(tmp_path: Path) -> None:
@@ -226,7 +212,7 @@ def test_peft_model_and_checkpoint_wrappers(tmp_path: Path) -> None:
     student = get_peft_model(model, settings)
     want = run(student, "wan")
     folder = _export(student, tmp_path / "export", "wan")
-    torch.testing.assert_close(run(_loaded("wan", folder).transformer, "wan"), want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(run(stock("wan", folder).transformer, "wan"), want, rtol=1e-5, atol=1e-6)
 
 
 def test_a_model_of_ones_own(tmp_path: Path) -> None:

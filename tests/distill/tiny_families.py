@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from torch import Tensor, nn
+
+from blade_compile.distill.export import read_record
+from blade_compile.distill.pipelines import PIPELINES
 
 WAN = {
     "patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 32, "in_channels": 4, "out_channels": 4,
@@ -167,3 +171,17 @@ def pipeline(family: str, model: nn.Module) -> Any:
     made = getattr(diffusers, name)(**parts)
     made.set_progress_bar_config(disable=True)
     return made
+
+
+def stock(family: str, folder: Path) -> Any:
+    """The stock pipeline with an export loaded as its model card says."""
+    record = read_record(folder)
+    if record["weights"] == "lora":
+        pipe = pipeline(family, transformer(family))
+        pipe.load_lora_weights(folder)
+    else:
+        cls = getattr(diffusers, PIPELINES[family].transformer)
+        pipe = pipeline(family, cls.from_pretrained(folder, subfolder="transformer").eval())
+    scheduler = getattr(diffusers, record["scheduler"])
+    pipe.scheduler = scheduler.from_pretrained(folder, subfolder="scheduler")
+    return pipe

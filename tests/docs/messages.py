@@ -10,7 +10,15 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("kernels", "passes", "blade_compile", "distill")
 WARN_FUNCTIONS = {"_warn_once", "warn_unreadable_once"}
 """Helpers that hand their first argument to the logger; calls of others with "warn" in their name are an error here."""
-OTHER = {"warn_misfit", "_warn_apart", "warn_unreadable", "catch_warnings", "filterwarnings", "simplefilter"}
+OTHER = {
+    "warn_misfit",
+    "warn_outside",
+    "_warn_apart",
+    "warn_unreadable",
+    "catch_warnings",
+    "filterwarnings",
+    "simplefilter",
+}
 """Functions whose own bodies hold the text, and torch's and Python's"""
 FIELD = "…"
 
