@@ -143,14 +143,10 @@ class BladeConfig:
     def _apply_preset(self) -> None:
         if self.preset is None:
             return
-        if self.preset not in PRESETS:
-            raise ValueError(f"preset={self.preset!r}; valid are {', '.join(map(repr, PRESETS))} or None.")
-        budgeted = self.sparsity is not None or self.calibration is not None
-        for field in dataclasses.fields(self):
-            if budgeted and field.name in _TAU_FIELDS:
-                continue  # a budget of the user's own takes the place of the preset's
-            if field.name in PRESETS[self.preset] and getattr(self, field.name) == field.default:
-                object.__setattr__(self, field.name, PRESETS[self.preset][field.name])
+        fields = {field.name: field.default for field in dataclasses.fields(self)}
+        changed = {name: getattr(self, name) for name, default in fields.items() if getattr(self, name) != default}
+        for name, value in _with_preset(changed).items():
+            object.__setattr__(self, name, value)
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -159,7 +155,10 @@ class BladeConfig:
 
     @classmethod
     def of(cls, config: BladeConfig | Mapping[str, Any] | None) -> BladeConfig:
-        """A config from itself, from a mapping of its fields, or the default."""
+        """A config from itself, from a mapping of its fields, or the default.
+
+        In a mapping a field beside ``preset`` stands as it is given, also where it is given its default.
+        """
         if config is None:
             return cls()
         if isinstance(config, BladeConfig):
@@ -169,7 +168,7 @@ class BladeConfig:
         for key in config:
             if key not in cls.names():
                 raise ValueError(f"unknown option {key!r}{nearest(key, cls.names())}.")
-        return cls(**config)
+        return cls(**(config if config.get("preset") is None else _with_preset(config)))
 
     def _apply_calibration(self) -> None:
         if self.calibration is None:
@@ -263,6 +262,17 @@ class BladeConfig:
 
 
 _FIELD_NAMES = tuple(field.name for field in dataclasses.fields(BladeConfig))  # a constant: Dynamo can't ask for fields
+
+
+def _with_preset(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The preset's values, and the given ones instead of or beside them; without the preset's name."""
+    preset = given["preset"]
+    if not isinstance(preset, str) or preset not in PRESETS:
+        raise ValueError(f"preset={preset!r}; valid are {', '.join(map(repr, PRESETS))} or None.")
+    budgeted = given.get("sparsity") is not None or given.get("calibration") is not None
+    # a budget of the user's own takes the place of the preset's
+    values = {name: value for name, value in PRESETS[preset].items() if not (budgeted and name in _TAU_FIELDS)}
+    return {**values, **{name: value for name, value in given.items() if name != "preset"}}
 
 
 def nearest(key: str, names: Iterable[str]) -> str:

@@ -61,6 +61,7 @@ def test_frozen_and_keyword_only() -> None:
         ({"grid": (2, 3)}, r"grid=\(2, 3\); valid are three positive integers"),
         ({"grid": (2, 3, 0)}, "grid"),
         ({"preset": "wan"}, "valid are 'wan2.1-1.3b'"),
+        ({"preset": ["wan"]}, "valid are 'wan2.1-1.3b'"),
         ({"probe": "max"}, "'sample', 'mean'"),
         ({"policy": "adaspa", "tau": 0.9}, "give sparsity instead of tau"),
         ({"dense_steps": -1}, "integer from 0"),

@@ -154,6 +154,14 @@ def test_a_head_whose_budget_is_everything_is_dense() -> None:
     assert (out[:, 1] - want[:, 1]).abs().max() > 1e-2, "tau=1 must not hide the budget of the other head"
 
 
+def test_what_is_given_beside_a_preset_stands() -> None:
+    """Also where it is a field's default, which only a mapping can tell from a field left out."""
+    given = {"preset": "wan2.1-1.3b", "policy": "asa", "order": "none"}
+    config = blade_compile.BladeConfig.of(given)
+    assert (config.policy, config.order, config.probe_tokens) == ("asa", "none", 32)
+    assert blade_compile.BladeConfig.of({"preset": "wan2.1-1.3b"}).policy == "asa_g"
+
+
 def test_a_budget_of_ones_own_takes_the_place_of_the_presets() -> None:
     config = blade_compile.BladeConfig(preset="wan2.1-1.3b", sparsity=0.5)
     assert (config.policy, config.budget, config.max_keep) == ("asa_g", 0.5, 1.0)
