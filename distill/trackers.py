@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
+from uuid import uuid4
 
 from blade_compile.distill.config import RunConfig
 from blade_compile.distill.errors import ConfigError
@@ -45,7 +46,7 @@ class _Wandb:
         wandb = _module("wandb", "wandb")
         folder.mkdir(parents=True, exist_ok=True)
         record = folder / _RUN_ID
-        known = record.read_text(encoding="utf-8").strip() if record.exists() else wandb.util.generate_id()
+        known = record.read_text(encoding="utf-8").strip() if record.exists() else uuid4().hex[:8]
         record.write_text(known, encoding="utf-8")
         self._run = wandb.init(
             project="blade-distill", name=config.name, id=known, resume="allow", dir=str(folder),

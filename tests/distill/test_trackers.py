@@ -43,7 +43,6 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     stand_ins = {
         "torch.utils.tensorboard": {"SummaryWriter": SummaryWriter},
         "wandb": {
-            "util": SimpleNamespace(generate_id=lambda: "made"),
             "init": lambda **given: calls.append(("init", (), given)) or run,
         },
         "trackio": {"init": note("init"), "log": note("log"), "finish": note("finish")},
@@ -71,20 +70,22 @@ def test_tensorboard(tmp_path: Path, told: list[tuple[Any, ...]]) -> None:
     assert told[3][0] == "close"
 
 
-def test_wandb_goes_on_with_its_run(
-    tmp_path: Path, told: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for wanted in ("made", "made"):
+def test_wandb_goes_on_with_its_run(tmp_path: Path, told: list[tuple[Any, ...]]) -> None:
+    ids = []
+    for _ in range(2):
         tracker = open_tracker(_config(tmp_path, "wandb"), tmp_path / "tracker", 0)
         assert tracker is not None
         tracker.log(1, {"loss/critic": 0.5})
         tracker.close()
         _, _, given = told[0]
-        assert given["id"] == wanted and given["resume"] == "allow" and given["name"] == "run"
+        ids.append(given["id"])
+        assert given["resume"] == "allow" and given["name"] == "run"
         assert given["config"]["method"]["cfg_scale"] == 2.0
         assert told[1:] == [("log", ({"loss/critic": 0.5},), {"step": 1}), ("finish", (), {})]
         told.clear()
-        monkeypatch.setattr(sys.modules["wandb"].util, "generate_id", lambda: "another")
+    assert len(ids[0]) == 8 and ids[0] == ids[1]
+    open_tracker(_config(tmp_path, "wandb"), tmp_path / "other", 0)
+    assert told[0][2]["id"] != ids[0]
 
 
 def test_trackio(tmp_path: Path, told: list[tuple[Any, ...]]) -> None:
