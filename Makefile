@@ -20,7 +20,7 @@ $(STAMP): constraints.txt pyproject.toml scripts/setup.sh
 	@PYTHON="$(PYTHON)" bash scripts/setup.sh $(VENV)
 	@touch $@
 
-demo: $(STAMP)  ## compile a Wan transformer with plain Inductor and with blade, and compare (CPU: about 6 minutes)
+demo: $(STAMP)  ## compile a Wan transformer with plain Inductor and with blade, and compare (CPU: a few minutes)
 	@$(BIN)/python -m benchmarks.demo
 
 test: lint  ## lint, types and all tests but the slow ones (under 15 minutes on 2 cores)

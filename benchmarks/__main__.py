@@ -93,7 +93,7 @@ def show(title: str, rows: list[Row], screen: Console) -> None:
     """The rows of a case as a table in the terminal; absent arms as one line."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     table.add_column("arm", max_width=60)
-    names = ("seconds", "speedup", "published_speedup", "density", "error", "recall", "graphs", "peak_mib")
+    names = ("seconds", "speedup", "published_speedup", "density", "error", "distance", "recall", "graphs", "peak_mib")
     names = tuple(name for name in names if any(name in row for row in rows))
     for name in names:
         table.add_column(report_html.COLUMNS[name][0], justify="right")

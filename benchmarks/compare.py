@@ -1,7 +1,8 @@
 """``python -m benchmarks compare A B``: what changed between two reports beyond their noise.
 
 Compared are speed-ups over the baseline of the same run, not seconds: two runs rarely find the machine in the same
-mood. The baseline itself is compared by its seconds, as a note on the machines.
+mood. The baselines' seconds are printed beside them, as a note on the machines, and not judged. An arm that has no
+comparable speed-up any more, because it is gone, wrong, or was measured on something else, is lost.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 Row = dict[str, Any]
 LEAST = 0.05  # a smaller change is never called one
+SAME = ("device", "size", "dtype", "H")  # where these differ, two rows of one name are two measurements
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,14 @@ def load(path: Path) -> list[Row]:
 
 
 def changes(before: list[Row], after: list[Row]) -> list[Change]:
-    """Arms that have a speed-up in both, in the order of ``after``."""
-    known = {_key(row): row["speedup"] for row in before if "speedup" in row}
+    """Arms that have a speed-up in both, measured on the same, in the order of ``after``."""
+    known = {_key(row): row for row in before if "speedup" in row}
     found = []
     for row in after:
-        if "speedup" not in row or row["arm"] == row["baseline"] or _key(row) not in known:
+        was = known.get(_key(row))
+        if was is None or "speedup" not in row or row["arm"] == row["baseline"] or _differing(was, row):
             continue
-        old, new = known[_key(row)], row["speedup"]
+        old, new = was["speedup"], row["speedup"]
         found.append(Change(_key(row), old, new, verdict(old, new)))
     return found
 
@@ -64,13 +67,40 @@ def verdict(before: dict[str, float], after: dict[str, float]) -> str:
 
 
 def lost(before: list[Row], after: list[Row]) -> list[str]:
-    """Arms that were right before and are not any more, with the reason."""
-    right = {_key(row) for row in before if row["status"] == "ok"}
+    """Arms that were right before and can't be compared any more, with the reason."""
+    now = {_key(row): row for row in after}
+    right = {_key(row): row for row in before if row["status"] == "ok"}
+    reasons = {key: _loss(row, now.get(key)) for key, row in right.items()}
+    return [f"{' / '.join(key)}: {why}" for key, why in reasons.items() if why]
+
+
+def _loss(was: Row, row: Row | None) -> str:
+    if row is None:
+        return "not in the second report"
+    if row["status"] != "ok":
+        return f"{row['status']}, {row.get('reason', '')}"
+    if differing := _differing(was, row):
+        return f"not the same measurement: {differing}"
+    return "it has no speed-up any more" if "speedup" in was and "speedup" not in row else ""
+
+
+def _differing(was: Row, row: Row) -> str:
+    """What two rows of one name were measured on, where that is not the same."""
+    return ", ".join(f"{key} {was.get(key)} -> {row.get(key)}" for key in SAME if was.get(key) != row.get(key))
+
+
+def baselines(before: list[Row], after: list[Row]) -> list[str]:
+    """The seconds of the baselines in both reports."""
+    known = {_key(row): row for row in before if _is_baseline(row)}
     return [
-        f"{' / '.join(_key(row))}: {row['status']}, {row.get('reason', '')}"
+        f"{' / '.join(_key(row))}: {known[_key(row)]['seconds']['median']:.3g} s -> {row['seconds']['median']:.3g} s"
         for row in after
-        if row["status"] in ("wrong", "failed") and _key(row) in right
+        if _is_baseline(row) and _key(row) in known
     ]
+
+
+def _is_baseline(row: Row) -> bool:
+    return "seconds" in row and row["arm"] == row.get("baseline")
 
 
 def _key(row: Row) -> tuple[str, str, str]:
@@ -78,9 +108,9 @@ def _key(row: Row) -> tuple[str, str, str]:
 
 
 def text(before: list[Row], after: list[Row]) -> str:
-    """The comparison as lines: what changed, then how many did not."""
+    """The comparison as lines: the baselines, what changed, what is lost, then how many did not change."""
     found = changes(before, after)
-    lines = []
+    lines = [f"baseline, for information: {line}" for line in baselines(before, after)]
     for change in sorted((c for c in found if c.verdict != "same"), key=lambda c: c.ratio):
         old, new = change.before, change.after
         lines.append(

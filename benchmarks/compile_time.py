@@ -124,10 +124,16 @@ def markdown(content: dict[str, Any]) -> str:
         f"- {ratio['samples']} alternating pairs, a fresh process and empty caches each; {content['clock']} time",
         "- aim: at most 1.25",
         f"- the C++ kernels were built before, once per machine, in {content['kernel_build_seconds']:.1f} s",
-        "- made by `python -m benchmarks.compile_time`",
+        f"- made by `{content['command']}`",
         "",
         *table(("compile time", "median (20-80 %)"), rows),
     ]) + "\n"  # fmt: skip
+
+
+def _command(argv: list[str]) -> str:
+    """What to type for the same figures: where they were written is the reader's own business."""
+    place = argv.index("--out") if "--out" in argv else len(argv)
+    return " ".join(["python -m benchmarks.compile_time", *argv[:place], *argv[place + 2 :]])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -158,6 +164,7 @@ def main(argv: list[str] | None = None) -> None:
     times = {name: timing.Timing(tuple(values)) for name, values in samples.items()}
     content = {
         "setup": info,
+        "command": _command(sys.argv[1:] if argv is None else argv),
         "model": f"WanTransformer3DModel, {layers} layers, 2 heads of 128, 2,304 tokens, fp32, forward",
         "clock": args.clock,
         "kernel_build_seconds": round(build, 2),

@@ -22,6 +22,7 @@ from torch import Tensor
 from benchmarks import setup_info, timing
 from benchmarks.attention_gate import Problem, backward_gate, forward_gate
 from benchmarks.attention_report import markdown
+from benchmarks.gpu_cases import flex_options
 from benchmarks.peak import Peak
 from benchmarks.tables import ROOT, fingerprint
 from blade_compile.kernels import ops  # noqa: F401 (registers the operators)
@@ -64,7 +65,8 @@ def flex_call(p: Problem) -> Callable[[], Tensor]:
     lengths = (p.q.shape[2], p.k.shape[2])
     mask = BlockMask.from_kv_blocks(*zeros, p.num, p.idx, BLOCK_SIZE=p.block, seq_lengths=lengths)
     compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda: compiled(p.q, p.k, p.v, block_mask=mask)
+    options = flex_options(p.block) if p.q.is_cuda else None
+    return lambda: compiled(p.q, p.k, p.v, block_mask=mask, kernel_options=options)
 
 
 def forward_group(

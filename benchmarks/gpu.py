@@ -133,7 +133,7 @@ def setup() -> dict[str, str]:
 
 def clocks() -> dict[str, str]:
     """Clocks, power and temperature as the driver reports them now; nothing where it can't be asked."""
-    command = ["nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader", "--id=0"]
+    command = ["nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader", f"--id={setup_info.driver_id(0)}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -32,12 +32,16 @@ def _compiled_flex() -> Callable[..., Tensor]:
 
 
 def flex_call(p: Problem, sparsity: float, *inputs: Tensor) -> Callable[[], Tensor]:
-    """Compiled FlexAttention. Its tiles must divide the block, which its defaults don't do for blocks of 64."""
-    mask = p.flex_mask(sparsity)
-    sizes = ("BLOCK_M", "BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2")
-    options = dict.fromkeys(sizes, 64) if p.shape.block == 64 else None
+    """Compiled FlexAttention."""
+    mask, options = p.flex_mask(sparsity), flex_options(p.shape.block)
     q, k, v = inputs or (p.q, p.k, p.v)
     return lambda: _compiled_flex()(q, k, v, block_mask=mask, kernel_options=options)
+
+
+def flex_options(block: int) -> dict[str, int] | None:
+    """FlexAttention's tiles on a GPU must divide the block, which its defaults don't do for blocks of 64."""
+    sizes = ("BLOCK_M", "BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2")
+    return dict.fromkeys(sizes, 64) if block == 64 else None
 
 
 @contextmanager

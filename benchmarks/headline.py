@@ -22,12 +22,20 @@ from benchmarks.demo import default_dtype
 from benchmarks.models import MODELS, Model
 from benchmarks.phases import COMPILED, EAGER
 from benchmarks.registry import Arm, Case, Plan
-from benchmarks.split import kept
-from benchmarks.suite_models import StepGate, about, contenders, every_block, exact_output
+from benchmarks.suite_models import (
+    DENSE_WITNESS,
+    StepGate,
+    about,
+    contenders,
+    exact_output,
+    sparse_arm,
+    witness_of,
+    witnesses,
+)
 from benchmarks.timing import Timing
 
 Row = dict[str, Any]
-FEW, SPARSE, EVERY = "compiled dense, one step", "compiled sparse, one step", "compiled, every block, one step"
+FEW, SPARSE = "compiled dense, one step", "compiled sparse, one step"
 STEPS = 50
 
 
@@ -95,22 +103,22 @@ def cases(name: str, plan: Plan, model: Model | None = None) -> list[Case]:
 
 
 def step_arms(protocol: Protocol, model: Model, plan: Plan) -> list[Arm]:
-    """One step of each contender. Dense ones are held to fp32; the sparse one rests on the one that drops nothing."""
+    """One step of each contender. Dense ones are held to fp32; the sparse one rests on a witness that drops nothing."""
     size, dtype = model.size(plan.device), default_dtype(plan.device.type)
+    options = protocol.options
+    proofs = witnesses(model, plan, {SPARSE: options})
     gate = StepGate(exact_output(model, size, plan))
     run = contenders(model, plan)
-    one = model.inputs(size, dtype, plan.device)
+    one = model.inputs(size, dtype, plan.device, plan.seed)
     guided = _guided(one, protocol.guidance)
     both = (lambda check: lambda out: check(out[-1:])) if protocol.guidance == "batch" else (lambda check: check)
-    options = protocol.options
     dense = {"sdpa": run.backend}
-    sparse = run.compiled("blade", options, one)
     return [
-        Arm(COMPILED, run.dense(*guided), both(gate.baseline), about=dense),
+        Arm(COMPILED, run.dense(*guided), both(gate.baseline), about=dense, certified_by=DENSE_WITNESS),
         Arm(EAGER, run.eager(*guided), both(gate.as_near), about=dense),
-        Arm(FEW, run.dense(one), gate.as_near, about=dense),
-        Arm(EVERY, run.compiled("blade", every_block(options), one), gate.as_near, timed=False),
-        Arm(SPARSE, sparse, gate.distance, about=dict(options), certified_by=EVERY, after=lambda: kept(sparse)),
+        Arm(FEW, run.dense(one), gate.as_near, about=dense, certified_by=DENSE_WITNESS),
+        sparse_arm(SPARSE, run.compiled("blade", options, one), gate.distance, options, witness_of(SPARSE)),
+        *proofs,
     ]
 
 

@@ -2,7 +2,8 @@
 
     python -m benchmarks.look REPORT.html [--out DIR]
 
-Wrong is: a page wider than its window, a request to the network, an error of the browser, a plot that is not drawn.
+Wrong is: a page wider than its window, a request to the network, an error of the browser, a plot that is flat, and
+fewer plots than the page says it was written with.
 Needs the Python package ``playwright`` and a Chromium: the system's, or the one of ``playwright install chromium``.
 """
 
@@ -19,6 +20,7 @@ SCHEMES = ("light", "dark")
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 BELOW = "() => [...document.querySelectorAll('body > *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1)"
 FLAT = "() => [...document.querySelectorAll('svg')].filter(e => e.getBoundingClientRect().height < 50)"
+PLOTS = "() => (e => [e.querySelectorAll('svg').length, +e.dataset.plots])(document.querySelector('.plots'))"
 CONTRAST = "() => [getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
 
 
@@ -58,8 +60,11 @@ def _problems(view: Any, page_file: Path, scheme: str) -> list[str]:
     view.goto(page_file.resolve().as_uri())
     if (wide := view.evaluate("document.documentElement.scrollWidth")) > view.viewport_size["width"]:
         found.append(f"the page is {wide} pixels wide, in a window of {view.viewport_size['width']}")
-    found += [f"{count} {what}" for script, what in ((BELOW, "parts leave the window"), (FLAT, "plots are not drawn"))
+    found += [f"{count} {what}" for script, what in ((BELOW, "parts leave the window"), (FLAT, "plots are flat"))
               if (count := len(view.evaluate(script)))]  # fmt: skip
+    drawn, written = view.evaluate(PLOTS)
+    if drawn != written:
+        found.append(f"{drawn} of {written} plots are there")
     ink, paper = (_light(colour) for colour in view.evaluate(CONTRAST))
     if (ink > paper) != (scheme == "dark"):
         found.append(f"the page is not {scheme}")

@@ -7,6 +7,7 @@ are fewer. Every report says which one ran.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from benchmarks import wan
 
 Inputs = dict[str, Any]
+LAYERS = ("num_layers", "num_single_layers")
 
 
 @dataclass(frozen=True)
@@ -40,17 +42,25 @@ class Model:
     tokens: Callable[[Size], int]
     "keys of its self-attention, text included"
     make_inputs: Callable[[Model, Size, Callable[..., Tensor]], Inputs]
+    visible: Callable[[Size], int] | None = None
+    "keys that its attention's mask lets through, the first ones; None: it has no mask"
 
     def size(self, device: torch.device) -> Size:
         """The published size on a GPU, the scaled one elsewhere."""
         return self.published if device.type == "cuda" else self.scaled
 
-    def build(self, size: Size, dtype: torch.dtype, device: torch.device) -> nn.Module:
-        """In evaluation mode; random weights, the same at every call."""
+    def shallow(self) -> Model:
+        """The same with at most two layers of each kind: what an exact check can afford at the published shapes."""
+        few = lambda size: {k: min(2, n) if k in LAYERS else n for k, n in size.config.items()}  # noqa: E731
+        published, scaled = (dataclasses.replace(s, config=few(s)) for s in (self.published, self.scaled))
+        return dataclasses.replace(self, published=published, scaled=scaled)
+
+    def build(self, size: Size, dtype: torch.dtype, device: torch.device, seed: int = 0) -> nn.Module:
+        """In evaluation mode; random weights, the same at every call with a seed."""
         wan._quiet_imports()
         import diffusers
 
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         with torch.device(device):
             model: nn.Module = getattr(diffusers, self.cls)(**self.common, **size.config)
         exact = set(getattr(type(model), "_keep_in_fp32_modules", None) or ())
@@ -59,9 +69,9 @@ class Model:
                 parameter.data = parameter.data.to(dtype)
         return model.eval().requires_grad_(False)
 
-    def inputs(self, size: Size, dtype: torch.dtype, device: torch.device) -> Inputs:
+    def inputs(self, size: Size, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Inputs:
         """Keyword arguments as a pipeline passes them."""
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(seed)
         normal = lambda *shape: torch.randn(*shape, generator=generator).to(device, dtype)  # noqa: E731
         return {**self.make_inputs(self, size, normal), "return_dict": False}
 
@@ -96,7 +106,7 @@ def _hunyuan_video_inputs(model: Model, size: Size, normal: Callable[..., Tensor
     t, h, w = size.latent
     video = normal(1, 16, t, h, w)
     mask = torch.ones(1, size.text, device=video.device, dtype=torch.bool)
-    mask[:, size.text // 2 :] = False  # prompts rarely fill the window
+    mask[:, _half_the_text(size) :] = False  # prompts rarely fill the window
     return {
         "hidden_states": video,
         "timestep": _step(video),
@@ -160,6 +170,10 @@ def _patched_and_text(size: Size) -> int:
     return _patched(size) + size.text
 
 
+def _half_the_text(size: Size) -> int:
+    return size.text // 2
+
+
 def _packed_and_text(size: Size) -> int:
     return size.latent[1] * size.latent[2] + size.text
 
@@ -204,6 +218,7 @@ MODELS = {
             Size({"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 4}, (6, 60, 60), 128),
             _patched_and_text,
             _hunyuan_video_inputs,
+            visible=lambda size: _patched(size) + _half_the_text(size),
         ),
         Model(
             "flux-dev",

@@ -25,9 +25,11 @@ class Peer:
     layout: str
     keywords: tuple[tuple[str, object], ...] = ()
     exact: bool = True
-    "whether it computes attention as it is; the others quantise or choose blocks: their error is shown, not judged"
+    "whether it computes attention as it is; the others quantise or choose blocks: only their distance is shown"
     arguments: Callable[[Tensor], dict[str, object]] | None = None
     "more keywords, made once for a query of the size"
+    density: Callable[[Tensor], float] | None = lambda q: 1.0
+    "share of the keys that a query of the size attends to; None: only the library knows"
 
     def find(self, q: Tensor | None = None) -> Attention | str:
         """The call for queries like ``q``, or why there is none."""
@@ -47,11 +49,24 @@ class Peer:
         return lambda q, k, v: found(*(t.transpose(1, 2) for t in (q, k, v)), **keywords).transpose(1, 2)  # type: ignore[no-any-return]
 
 
+KEPT = 0.2  # share of the blocks that peers with a choice of blocks keep
+
+
 def _tiles(q: Tensor) -> dict[str, object]:
-    """VSA's tiles of 4 x 4 x 4 tokens, all full, of which a query keeps a fifth."""
-    count = q.shape[2] // 64
+    """VSA's tiles of 4 x 4 x 4 tokens, all full, and how many of them a query keeps."""
+    count, topk = _kept_tiles(q)
     sizes = torch.full((count,), 64, dtype=torch.int32, device=q.device)
-    return {"variable_block_sizes": sizes, "q_variable_block_sizes": sizes, "topk": max(1, round(0.2 * count))}
+    return {"variable_block_sizes": sizes, "q_variable_block_sizes": sizes, "topk": topk}
+
+
+def _kept_tiles(q: Tensor) -> tuple[int, int]:
+    count = q.shape[2] // 64
+    return count, max(1, round(KEPT * count))
+
+
+def _share_of_tiles(q: Tensor) -> float:
+    count, topk = _kept_tiles(q)
+    return topk / count
 
 
 PEERS = (
@@ -59,9 +74,15 @@ PEERS = (
     Peer("FlashAttention-3", "flash_attn_interface", "flash_attn_func", "BSHD"),
     Peer("xformers", "xformers.ops", "memory_efficient_attention", "BSHD"),
     Peer("SageAttention", "sageattention", "sageattn", "BHSD", (("tensor_layout", "HND"),), exact=False),
-    Peer("SpargeAttn", "spas_sage_attn", "spas_sage2_attn_meansim_topk_cuda", "BHSD", (("topk", 0.2),), exact=False),
-    Peer("VSA", "fastvideo_kernel", "video_sparse_attn", "BHSD", (("block_size", (4, 4, 4)),), False, _tiles),
-)
+    Peer(
+        f"SpargeAttn, keep {KEPT}", "spas_sage_attn", "spas_sage2_attn_meansim_topk_cuda", "BHSD", (("topk", KEPT),),
+        exact=False, density=None,
+    ),
+    Peer(
+        f"VSA, keep {KEPT}", "fastvideo_kernel", "video_sparse_attn", "BHSD", (("block_size", (4, 4, 4)),), False,
+        _tiles, _share_of_tiles,
+    ),
+)  # fmt: skip
 
 
 def absent(device: torch.device) -> dict[str, str]:

@@ -11,6 +11,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 import blade_compile
 from benchmarks import timing
 from benchmarks.demo import default_dtype
@@ -18,7 +20,15 @@ from benchmarks.models import Model
 from benchmarks.registry import Plan
 from benchmarks.runner import PeakMemory
 from benchmarks.split import kept
-from benchmarks.suite_models import StepGate, contenders, exact_output
+from benchmarks.suite_models import (
+    StepGate,
+    contenders,
+    every_block,
+    exact_contenders,
+    exact_output,
+    sparse_for_sure,
+    witness,
+)
 from blade_compile.config import BladeConfig
 
 Row = dict[str, Any]
@@ -45,23 +55,27 @@ def counts(options: dict[str, Any], steps: int) -> dict[str, int]:
 def measure(
     model: Model, plan: Plan, options: dict[str, Any], steps: int, rounds: int = 7, budget: float = 300.0
 ) -> list[Row]:
-    """Rows of eager and compiled dense steps and of each phase. `WrongResultError` where a dense phase is wrong."""
+    """Rows of eager and compiled dense steps and of each phase. `WrongResultError` where a dense phase is wrong.
+
+    And where a phase is, with every block kept in fp32: see `suite_models.witnesses`.
+    """
     size, dtype = model.size(plan.device), default_dtype(plan.device.type)
-    gate = StepGate(exact_output(model, size, plan))
-    run, inputs = contenders(model, plan), model.inputs(size, dtype, plan.device)
     short = {**options, "search_steps": SEARCHES}
+    certify(model, plan, short)
+    gate = StepGate(exact_output(model, size, plan))
+    run, inputs = contenders(model, plan), model.inputs(size, dtype, plan.device, plan.seed)
     calls = {EAGER: run.eager(inputs), COMPILED: run.dense(inputs)}
     sparse = run.compiled("blade", short, inputs)
     errors = {COMPILED: gate.baseline(calls[COMPILED]()), EAGER: gate.as_near(calls[EAGER]())}
-    memory = PeakMemory(plan.device)
     with blade_compile.generation(SHORT):  # compiles
         outputs = {phase(short, step, SHORT): sparse() for step in range(1, SHORT + 1)}
-    peak = memory.mib()
     for name, out in outputs.items():
         errors[arm_of(name)] = (gate.as_near if name in ("dense", "search") else gate.distance)(out)
     del outputs
     with blade_compile.generation(SHORT):
-        densities = {arm_of(phase(short, step, SHORT)): kept(sparse) for step in range(1, SHORT + 1)}
+        found = {phase(short, step, SHORT): kept(sparse) for step in range(1, SHORT + 1)}
+    densities = {arm_of(name): sparse_for_sure(f, options if name == "reuse" else {}) for name, f in found.items()}
+    peaks = peak_memory(calls, sparse, short, plan)
     samples = interleaved(calls, sparse, short, rounds, budget)
     rows = []
     for arm, took in samples.items():
@@ -71,11 +85,40 @@ def measure(
         row |= {"baseline": COMPILED, "speedup": over.summary(3), "error": float(f"{errors[arm]:.2e}")}
         if arm in counts(options, steps):
             row |= {**options, **densities[arm]}
-            row |= {"peak_mib": round(peak, 1)} if peak is not None else {}
         else:
             row["sdpa"] = run.backend
+        if (peak := peaks[arm]) is not None:
+            row["peak_mib"] = round(peak, 1)
         rows.append(row)
     return rows
+
+
+def certify(model: Model, plan: Plan, options: dict[str, Any]) -> None:
+    """Raise `WrongResultError` unless compiled dense, and every phase with every block kept, are exact in fp32."""
+    run, inputs = exact_contenders(model, plan)
+    gate = StepGate(run.eager(inputs)())
+    gate.baseline(run.dense(inputs)())
+    sparse = run.compiled("blade", every_block(options), inputs)
+    with blade_compile.generation(SHORT):
+        for _ in range(SHORT):
+            proof = witness("", sparse, gate.as_near, blade=True)
+            gate.as_near(proof.call())
+    torch._dynamo.reset()
+
+
+def peak_memory(dense: dict[str, Call], sparse: Call, options: dict[str, Any], plan: Plan) -> dict[str, float | None]:
+    """MiB that each dense call and each phase takes at most, in calls that compile nothing."""
+    peaks = {}
+    for name, call in dense.items():
+        memory = PeakMemory(plan.device)
+        call()
+        peaks[name] = memory.mib()
+    with blade_compile.generation(SHORT):
+        for step in range(1, SHORT + 1):
+            memory = PeakMemory(plan.device)
+            sparse()
+            peaks[arm_of(phase(options, step, SHORT))] = memory.mib()
+    return peaks
 
 
 def interleaved(

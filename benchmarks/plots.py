@@ -15,6 +15,7 @@ from typing import Any
 Row = dict[str, Any]
 INK = "#010203"  # stands for the page's text colour until the SVG is written
 COLOURS = ("#3b82c4", "#d97706", "#2f9e64", "#b0509b", "#6b7280", "#c2410c", "#0f9aa8", "#8a6d1f")
+SAME_DENSITY = 0.1  # densities that differ by no more belong to the same point
 PARTS = ("prediction", "selection", "attention", "rest")
 
 
@@ -172,10 +173,14 @@ def draw_split(rows: list[Row]) -> str:
 
 
 def select_fidelity(rows: list[Row]) -> list[Row]:
-    """Policies that suite ``ops`` timed and suite ``fidelity`` compared, at the same sparsity: both rows of each."""
+    """Policies that suite ``ops`` timed and suite ``fidelity`` compared, at the same sparsity: both rows of each.
+
+    Only where both kept about as much: what a policy by thresholds keeps depends on the queries and keys.
+    """
     timed = {_chosen(r): r for r in _timed(rows, "policies")}
     pairs = [(timed[key], r) for r in rows if r["suite"] == "fidelity" and "l1" in r and (key := _chosen(r)) in timed]
-    return [row for pair in pairs for row in pair]
+    alike = [pair for pair in pairs if abs(pair[0]["density"] - pair[1]["density"]) <= SAME_DENSITY]
+    return [row for pair in alike for row in pair]
 
 
 def _chosen(row: Row) -> tuple[Any, Any]:
@@ -186,12 +191,13 @@ def draw_fidelity(rows: list[Row]) -> str:
     """A line for each policy through its sparsities."""
     figure, axes = _figure()
     timed, compared = rows[::2], rows[1::2]
-    for index, policy in enumerate(dict.fromkeys(r["policy"] for r in timed)):
+    labels = [r["arm"].removeprefix("blade ").partition(", sparsity")[0] for r in timed]
+    for index, label in enumerate(dict.fromkeys(labels)):
         pairs = [
-            (t["speedup"]["median"], c["l1"]) for t, c in zip(timed, compared, strict=True) if t["policy"] == policy
+            (t["speedup"]["median"], c["l1"]) for t, c, its in zip(timed, compared, labels, strict=True) if its == label
         ]
         axes.plot(
-            *zip(*sorted(pairs), strict=True), label=policy, marker="os^DvP*X"[index % 8], markersize=5,
+            *zip(*sorted(pairs), strict=True), label=label, marker="os^DvP*X"[index % 8], markersize=5,
             color=COLOURS[index % len(COLOURS)], linewidth=1,
         )  # fmt: skip
     axes.set(xlabel="speed-up of the operator over dense", ylabel="relative L1 error of attention")
@@ -245,7 +251,8 @@ PLOTS = (
     Plot("Where a step's time goes", select_split, draw_split),
     Plot(
         "Fidelity against speed", select_fidelity, draw_fidelity,
-        "Errors on a trained model's queries and keys, speed at a length that matters: two rows for each point.",
+        "Errors on a trained model's queries and keys, speed at a length that matters: two rows for each point, "
+        "which kept about as much (within 0.1).",
     ),
     Plot("Error against speed, random weights", select_distance, draw_distance),
 )  # fmt: skip

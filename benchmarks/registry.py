@@ -52,6 +52,8 @@ class Case:
     "`explain`'s report of the model, as a dictionary"
     rows: Callable[[], list[dict[str, Any]]] | None = None
     "instead of arms: rows of what no call in this process can show (fresh processes, errors without a time)"
+    device: torch.device | None = None
+    "where it runs, if that is not the plan's device"
 
 
 @dataclass(frozen=True)

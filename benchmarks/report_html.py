@@ -83,6 +83,7 @@ def _times(ratio: float) -> str:
 
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "seconds": ("time", _seconds),
+    "samples": ("rounds", lambda samples: str(len(samples))),
     "speedup": ("speed-up", span),
     "published_speedup": ("published", _times),
     "published_seconds": ("published time", quantity),
@@ -92,6 +93,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "tflops": ("TFLOP/s on kept", str),
     "attention_flops": ("FLOP on kept", lambda flops: f"{flops:.3g}"),
     "error": ("error", str),
+    "distance": ("distance from dense", str),
     "recall": ("recall", str),
     "oracle": ("most possible", str),
     "l1": ("relative L1", str),
@@ -100,11 +102,34 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "recompiles_by_step": ("recompiled by steps", str),
     "recompiles_by_resolution": ("by 2 resolutions", str),
     "peak_mib": ("peak MiB", str),
-    "first_call": ("first call", quantity),
+    "sdpa": ("dense kernel", str),
     "published_on": ("published on", str),
     "calculation": ("calculation", str),
 }
-"""Columns of a case's table, each only where a row has it"""
+"""Columns of a case's table, each only where a row has it. A row's ``first_call`` is none: the arms of a case share
+caches, so that it is no compile time; suite ``compile`` has those."""
+
+
+def _shape(sizes: list[int | None]) -> str:
+    """Batch, heads, tokens (of queries and keys where they differ) and head dimension."""
+    if None in sizes:
+        return ""
+    B, H, S, T, D = sizes
+    return f"{B} x {H} x {S if S == T else f'{S}/{T}'} x {D}"
+
+
+def _share(value: float) -> str:
+    return f"{value:.3f}"
+
+
+SITE_COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "shape": ("B x H x S x D", _shape),
+    "density": ("density", _share),
+    "recall": ("recall", _share),
+    "predicted_dense": ("dense, predicted", quantity),
+    "predicted_sparse": ("sparse, predicted", quantity),
+}
+"""Figures of an attention site, as `blade_compile.explain` gives them"""
 
 
 def shown(content: dict[str, Any], path: str) -> str:
@@ -116,7 +141,7 @@ def shown(content: dict[str, Any], path: str) -> str:
     if before == "split":
         return quantity(value)
     if parts[0] == "sites":
-        return f"{value:.3f}" if name == "density" else str(value)
+        return SITE_COLUMNS[name][1](value) if name in SITE_COLUMNS else str(value)
     return COLUMNS[name][1](value) if name in COLUMNS else str(value)
 
 
@@ -148,9 +173,11 @@ def _cell(content: dict[str, Any], path: str, there: bool) -> dict[str, str]:
 
 
 def _sites(model: str, report: dict[str, Any]) -> dict[str, Any]:
+    names = [name for name in SITE_COLUMNS if any(site.get(name) is not None for site in report["sites"])]
     lines = []
     for place, site in enumerate(report["sites"]):
-        path = f"sites/{model}/sites/{place}/density"
-        cell = _cell({"sites": {model: report}}, path, site["density"] is not None)
-        lines.append({**site, "cell": cell, "source": f"sites/{model}/sites/{place}"})
-    return {"headline": report["headline"], "sites": lines}
+        source = f"sites/{model}/sites/{place}"
+        there = {name: site.get(name) is not None for name in names}
+        cells = [_cell({"sites": {model: report}}, f"{source}/{name}", there[name]) for name in names]
+        lines.append({**site, "cells": cells, "source": source})
+    return {"headline": report["headline"], "titles": [SITE_COLUMNS[name][0] for name in names], "sites": lines}

@@ -31,26 +31,38 @@ def run_case(
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[Row]:
     """The rows of a case. Never raises for an arm that fails: its row holds the reason."""
-    head = {"suite": suite, "case": case.name, **case.about, **setup_info.stamp(plan.device), "seed": plan.seed}
-    rows = [{**head, "arm": name, "status": "absent", "reason": why} for name, why in case.absent.items()]
+    rows: list[Row] = [{"arm": name, "status": "absent", "reason": why} for name, why in case.absent.items()]
     try:
         if case.rows is not None:
-            return [*rows, *({**head, "status": "ok", **row} for row in case.rows())]
-        arms = case.arms()
+            rows += [{"status": "ok", **row} for row in case.rows()]
+        else:
+            rows += _rows_of_arms(case.arms(), plan, rounds, budget, clock)
     except Exception as error:  # noqa: BLE001 (one case must not end the report)
-        return [*rows, {**head, "arm": "", "status": status_of(error), "reason": _reason(error)}]
+        rows.append({"arm": "", "status": status_of(error), "reason": _reason(error)})
+    # Stamped at the end: the clocks are those that a device has after the rounds, not at rest.
+    stamp = setup_info.stamp(case.device or plan.device)
+    return [{"suite": suite, "case": case.name, **case.about, **stamp, "seed": plan.seed, **row} for row in rows]
+
+
+def _rows_of_arms(
+    arms: list[Arm], plan: Plan, rounds: int, budget: float | None, clock: Callable[[], float]
+) -> list[Row]:
+    rows = []
     checked, took = warm_up(arms, plan.device, clock)
     calls = {arm.name: arm.call for arm in arms if arm.name in took and arm.timed}
     times = timing.paired(calls, rounds=rounds, budget=budget, clock=clock, known=took)
     baseline = arms[0].name if arms else ""
     for arm in arms:
-        row = {**head, "arm": arm.name, **arm.about, **checked[arm.name]}
+        row = {"arm": arm.name, **arm.about, **checked[arm.name]}
         if arm.of:
             row["of"] = arm.of
         if arm.name in times:
-            row |= _figures(arm, times, baseline)
-            if arm.after is not None:
-                row |= arm.after()
+            try:
+                more = arm.after() if arm.after is not None else {}
+            except Exception as error:  # noqa: BLE001 (a figure that nobody could look into has no row)
+                row |= {"status": status_of(error), "reason": _reason(error)}
+            else:
+                row |= _figures(arm, times, baseline) | more
         rows.append(row)
     return rows
 
@@ -95,10 +107,10 @@ def _warm_up(arm: Arm, device: torch.device, clock: Callable[[], float]) -> tupl
         error = arm.check(result) if arm.check is not None else None
     except Exception as error_found:  # noqa: BLE001 (an arm that can't run is a row, not the end of the report)
         return {"status": status_of(error_found), "reason": _reason(error_found)}, 0.0
-    row: Row = {"status": "ok", "first_call": round(first_seconds, 3)}
+    row: Row = {"status": "ok", "first_call": round(first_seconds, 3)} if arm.timed else {"status": "ok"}
     if error is not None:
         row["error"] = float(f"{error:.2e}")
-    if peak is not None:
+    if peak is not None and arm.timed:
         row["peak_mib"] = round(peak, 1)
     return row, seconds
 

@@ -16,12 +16,17 @@ Context = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
 @functools.cache
-def best(device: torch.device, dtype: torch.dtype, H: int, S: int, D: int) -> str:
-    """The quickest backend's name for attention of this size, or ``default`` where PyTorch has only one (a CPU)."""
+def best(device: torch.device, dtype: torch.dtype, H: int, S: int, D: int, visible: int | None = None) -> str:
+    """The quickest backend's name for attention of this size, or ``default`` where PyTorch has only one (a CPU).
+
+    ``visible``: keys that a mask [1, 1, 1, S] lets through, for a model that hands one over: FlashAttention takes none.
+    """
     if device.type != "cuda":
         return "default"
-    q, k, v = (torch.randn(1, H, S, D, device=device, dtype=dtype) for _ in range(3))
-    cases, _ = usable({name: dense_call(name, q, k, v) for name in BACKENDS})
+    inputs = [torch.randn(1, H, S, D, device=device, dtype=dtype) for _ in range(3)]
+    if visible is not None:
+        inputs.append((torch.arange(S, device=device) < visible)[None, None, None])
+    cases, _ = usable({name: dense_call(name, *inputs) for name in BACKENDS})
     if not cases:
         return "default"
     times = timing.paired(cases, rounds=5, budget=10)

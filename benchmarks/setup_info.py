@@ -50,7 +50,7 @@ def stamp(device: torch.device) -> dict[str, str]:
     """What stands in every row: device, its clocks now, driver, versions, commit and time."""
     versions = ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
     if device.type == "cuda":
-        name, (clocks, driver) = torch.cuda.get_device_name(device), _gpu_clocks(device.index or 0)
+        name, (clocks, driver) = torch.cuda.get_device_name(device), _gpu_clocks(driver_id(device.index or 0))
     else:
         name, clocks, driver = cpu_name(), _cpu_clocks(), f"none ({platform.system()} {platform.release()})"
     return {
@@ -63,10 +63,19 @@ def stamp(device: torch.device) -> dict[str, str]:
     }
 
 
-def _gpu_clocks(index: int) -> tuple[str, str]:
+def driver_id(index: int) -> str:
+    """What nvidia-smi calls PyTorch's device: it numbers all of them, PyTorch those of CUDA_VISIBLE_DEVICES."""
+    uuid = getattr(torch.cuda.get_device_properties(index), "uuid", None)
+    if uuid is not None:
+        return f"GPU-{uuid}"
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return visible[index] if index < len(visible) else str(index)
+
+
+def _gpu_clocks(device: str) -> tuple[str, str]:
     """Clocks of the multiprocessors and the memory, and the driver's version, as the driver says now."""
     query = "--query-gpu=clocks.sm,clocks.mem,driver_version"
-    command = ["nvidia-smi", query, "--format=csv,noheader", f"--id={index}"]
+    command = ["nvidia-smi", query, "--format=csv,noheader", f"--id={device}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
         multiprocessors, memory, driver = done.stdout.strip().split(", ")

@@ -13,6 +13,7 @@ from unittest import mock
 
 import torch
 
+from benchmarks.gpu_cases import BACKWARD_FLOPS
 from blade_compile.kernels import (
     accelerator,
     cpu_probe,
@@ -60,20 +61,39 @@ def _time_split(call: Call, device: torch.device) -> dict[str, float]:
 def kept(call: Call) -> dict[str, float]:
     """Density of the attention calls that run block-sparse, counted from their lists, and FLOPs on what they keep.
 
-    Nothing where none does. The density is the mean over the calls; a call that stayed dense after all counts as 1.
+    Nothing where none does. The density is the mean over the forward calls; a call that stayed dense after all counts
+    as 1. Global tokens are keys that each query attends to on top of its blocks. FLOPs are those of the backward pass
+    too, where there is one.
     """
     densities: list[float] = []
     flops = 0.0
+    tokens = 0.0  # global tokens that a query of the running call sees, mean over the heads
+
+    def visible(*args: Any) -> Any:
+        nonlocal tokens
+        seen = hide(*args)
+        tokens = seen.bias.isfinite().double().mean((0, 1)).sum().item()
+        return seen
 
     def tally(event: observe.Event) -> None:  # keeps numbers only: the tensors of all layers would fill the memory
         nonlocal flops
-        if event.op not in observe.ATTENTIONS:
+        forward = event.op.removesuffix("_backward")
+        if forward not in observe.ATTENTIONS:
             return
         (B, H, S, D), T = event.inputs[0].shape, event.inputs[1].shape[2]
-        densities.append(1.0 if event.path == "sdpa" else event.density)
-        flops += 4.0 * B * H * S * T * D * densities[-1]
+        density = 1.0 if event.path == "sdpa" else event.density
+        if forward == "global_sparse_attention" and event.path != "sdpa" and T:
+            density += tokens / T
+        if forward == event.op:
+            densities.append(density)
+        flops += (4.0 if forward == event.op else 4.0 * BACKWARD_FLOPS) * B * H * S * T * D * density
 
-    with observe.record(), mock.patch.object(observe, "notify", tally):
+    hide = ops_global._visible
+    with (
+        observe.record(),
+        mock.patch.object(observe, "notify", tally),
+        mock.patch.object(ops_global, "_visible", visible),
+    ):
         call()
     if not densities:
         return {}

@@ -13,11 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks import sdpa
 from benchmarks.demo import default_dtype
 from benchmarks.models import MODELS, Model
 from benchmarks.registry import Arm, Case, Plan, suite
-from benchmarks.split import kept
-from benchmarks.suite_models import BASELINE, EVERY_BLOCK, StepGate, about
+from benchmarks.suite_models import (
+    BASELINE,
+    DENSE_WITNESS,
+    EVERY_BLOCK,
+    StepGate,
+    about,
+    best_sdpa,
+    sparse_arm,
+    witness,
+    witness_of,
+)
 from blade_compile.distill.adapters import Adapter
 from blade_compile.distill.config import RunConfig, resolve
 
@@ -41,23 +51,31 @@ def training_case(model: Model, plan: Plan) -> Case:
 
 def _arms(model: Model, plan: Plan) -> list[Arm]:
     dtype = default_dtype(plan.device.type)
+    proofs = witnesses(model, plan)
     # The gradients of a step in fp32, relative to their size; K steps and two backward passes add up.
     gate = StepGate(eagerly(TrainingStep(model, plan, torch.float32, "never"))(), rounding=2000)
     dense, every = TrainingStep(model, plan, dtype, "never"), TrainingStep(model, plan, dtype, "always", 0.0)
     sparse = TrainingStep(model, plan, dtype, "always", SPARSITY)
+    about = {"sdpa": dense.best}
     return [
-        Arm(BASELINE, dense, gate.baseline),
-        Arm("eager dense", eagerly(TrainingStep(model, plan, dtype, "never")), gate.as_near),
-        Arm(EVERY_BLOCK, every, gate.as_near, timed=False),
-        Arm(
-            SPARSE,
-            sparse,
-            gate.distance,
-            about={"sparsity": SPARSITY},
-            certified_by=EVERY_BLOCK,
-            after=lambda: kept(sparse),
-        ),
+        Arm(BASELINE, dense, gate.baseline, about=about, certified_by=DENSE_WITNESS),
+        Arm("eager dense", eagerly(TrainingStep(model, plan, dtype, "never")), gate.as_near, about=about),
+        Arm(EVERY_BLOCK, every, gate.as_near, certified_by=witness_of(SPARSE), timed=False),
+        sparse_arm(SPARSE, sparse, gate.distance, {"sparsity": SPARSITY}, EVERY_BLOCK),
+        *proofs,
     ]
+
+
+def witnesses(model: Model, plan: Plan) -> list[Arm]:
+    """Arms that are only checked: steps in fp32 of a shallow transformer, see `suite_models.witnesses`."""
+    step = lambda when, sparsity: TrainingStep(model.shallow(), plan, torch.float32, when, sparsity)  # noqa: E731
+    gate = StepGate(eagerly(step("never", SPARSITY))(), rounding=2000)
+    arms = [
+        witness(DENSE_WITNESS, step("never", SPARSITY), gate.baseline),
+        witness(witness_of(SPARSE), step("always", 0.0), gate.as_near, blade=True),
+    ]
+    torch._dynamo.reset()
+    return arms
 
 
 def eagerly(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -79,10 +97,10 @@ class TrainingStep:
         from blade_compile.distill.optimizers import Optimizer
         from blade_compile.distill.roles import TRAINED, Roles
 
-        self.plan, self.text = plan, model.size(plan.device).text
+        self.plan, self.text, self.best = plan, model.size(plan.device).text, best_sdpa(model, plan)
         self.config = run_config(model, plan, dtype, when, sparsity)
         native = default_dtype(plan.device.type)
-        module = model.build(model.size(plan.device), native, plan.device)
+        module = model.build(model.size(plan.device), native, plan.device, plan.seed)
         module = module if dtype == native else module.to(dtype)
         self.adapter = adapter_of(module)
         self.roles = Roles(self.config, module, self.adapter, device=plan.device)
@@ -111,6 +129,10 @@ class TrainingStep:
         return self.adapter.conditions({"prompt_embeds": embeds}, self.config.latent)
 
     def __call__(self) -> Tensor:
+        with sdpa.preferring(self.best)():
+            return self._run()
+
+    def _run(self) -> Tensor:
         from blade_compile.distill.matching import Draws
 
         draws = Draws(self.plan.seed, 0, [0], self.plan.device)

@@ -26,7 +26,8 @@ def cases(plan: Plan) -> Iterator[Case]:
         "dtype": "float32",
         "weights": "trained on handwritten digits",
     }
-    yield Case("policies on real queries and keys", about=about, rows=policy_rows)
+    cpu = torch.device("cpu")
+    yield Case("policies on real queries and keys", about=about, rows=policy_rows, device=cpu)
 
 
 def policy_rows() -> list[Row]:

@@ -1,7 +1,8 @@
 """Suite ``ops``: one attention, dense, block-sparse and by others, on the same inputs and the same blocks.
 
-Every sparse arm is checked against fp64 attention over the blocks that it kept, so that only speed is compared here;
-what leaving blocks out costs is the suite ``fidelity``'s subject.
+Every sparse arm is checked against fp64 attention over the blocks that it kept (its error), so that only speed is
+compared here; what leaving blocks out costs is the suite ``fidelity``'s subject. How far a result is from dense
+attention stands beside it (its distance): all that is known of peers that choose blocks or quantise in their own way.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import blade_compile
-from benchmarks import peers
+from benchmarks import peers, sdpa
 from benchmarks.attention_gate import Problem, backward_gate, exact_rows, forward_gate, relative
 from benchmarks.cpu_attention import flex_call
 from benchmarks.registry import Arm, Case, Plan, WrongResultError, suite
@@ -75,11 +76,8 @@ def _forward(plan: Plan, dtype: torch.dtype, H: int, S: int, D: int) -> Case:
         full = _problem(q, k, v, 0.0, 128)
         made = [_dense(full)]
         for block, sparsity in itertools.product(blocks, sparsities):
-            made += _sparse_arms(_problem(q, k, v, sparsity, block), sparsity)
-        for peer, call in peers.calls(q, k, v):
-            check = gate(forward_gate(full, strict=False)) if peer.exact else _distance(full)
-            made.append(Arm(peer.name, call, check, about={"density": 1.0, "flops": full.flops} if peer.exact else {}))
-        return made
+            made += _sparse_arms(_problem(q, k, v, sparsity, block), sparsity, full)
+        return made + [_peer(peer, call, full) for peer, call in peers.calls(q, k, v)]
 
     absent = peers.absent(plan.device)
     if plan.device.type == "cpu" and min(blocks) < 128:
@@ -88,12 +86,33 @@ def _forward(plan: Plan, dtype: torch.dtype, H: int, S: int, D: int) -> Case:
 
 
 def _dense(p: Problem) -> Arm:
-    """The baseline: PyTorch's own attention."""
-    run = lambda: F.scaled_dot_product_attention(p.q, p.k, p.v)  # noqa: E731
-    return Arm("dense", run, gate(forward_gate(p, strict=False)), about={"density": 1.0, "flops": p.flops})
+    """The baseline: PyTorch's own attention, by its quickest kernel."""
+    backend, attention = _quickest(p.q)
+    about = {"density": 1.0, "flops": p.flops, "sdpa": backend}
+    return Arm("dense", lambda: attention(p.q, p.k, p.v), gate(forward_gate(p, strict=False)), about=about)
 
 
-def _sparse_arms(p: Problem, sparsity: float) -> Iterator[Arm]:
+def _quickest(q: Tensor) -> tuple[str, Callable[..., Tensor]]:
+    """The quickest dense kernel for queries like these: its name, and attention by it."""
+    _, H, S, D = q.shape
+    backend = sdpa.best(q.device, q.dtype, H, S, D)
+    preferring = sdpa.preferring(backend)
+
+    def attention(*inputs: Tensor) -> Tensor:
+        with preferring():
+            return F.scaled_dot_product_attention(*inputs)
+
+    return backend, attention
+
+
+def _peer(peer: peers.Peer, call: Callable[[], Tensor], full: Problem) -> Arm:
+    about = {} if peer.density is None else {"density": round(peer.density(full.q), 4)}
+    if peer.exact:
+        return Arm(peer.name, call, gate(forward_gate(full, strict=False)), about={**about, "flops": full.flops})
+    return Arm(peer.name, call, finite, about=about, after=_distance(full, call))
+
+
+def _sparse_arms(p: Problem, sparsity: float, full: Problem) -> Iterator[Arm]:
     """The operator with prediction, its two parts, and FlexAttention on the same blocks."""
     density = p.kept_blocks / (p.q.shape[1] * p.num_blocks**2)
     label = f"sparsity {sparsity}, block {p.block}"
@@ -102,9 +121,8 @@ def _sparse_arms(p: Problem, sparsity: float) -> Iterator[Arm]:
     attend = torch.ops.blade.block_sparse_attention
     predict = {"sparsity": sparsity, "block_size": p.block}
     check = gate(forward_gate(p))
-    yield Arm(
-        name, lambda: torch.ops.blade.sparse_sdpa(p.q, p.k, p.v, **predict), check, about={**about, "policy": "asa"}
-    )
+    whole = lambda: torch.ops.blade.sparse_sdpa(p.q, p.k, p.v, **predict)  # noqa: E731
+    yield Arm(name, whole, check, about={**about, "policy": "asa"}, after=_distance(full, whole))
     yield Arm(
         f"{name}: prediction", lambda: torch.ops.blade.mask_predict(p.q, p.k, **predict), of=name,
         about={"part": "prediction"},
@@ -122,7 +140,9 @@ def _sparse_arms(p: Problem, sparsity: float) -> Iterator[Arm]:
     )
     if p.q.device.type == "cpu" and p.block < 128:
         return
-    yield Arm(f"FlexAttention, {label}", flex_call(p), gate(forward_gate(p, strict=False)), about=about)
+    flex = flex_call(p)
+    check = gate(forward_gate(p, strict=False))
+    yield Arm(f"FlexAttention, {label}", flex, check, about=about, after=_distance(full, flex))
 
 
 def _policies(plan: Plan, dtype: torch.dtype, H: int, grid: tuple[int, int, int], D: int) -> Case:
@@ -160,8 +180,11 @@ def _policy_arms(plan: Plan, full: Problem, policy: str, grid: tuple[int, int, i
             lists = blade_compile.mask_predict(q, k, config=config)
             check = gate(forward_gate(Problem(q, k, v, *lists, config.block)))
         about = {"policy": policy, "sparsity": sparsity, "block": config.block}
-        after = lambda call=call: {**kept(call), "split": time_split(call, plan.device)}  # noqa: E731
-        name = f"blade {policy}, sparsity {sparsity}"
+        after = lambda call=call: {  # noqa: E731
+            **kept(call), **_distance(full, call)(), "split": time_split(call, plan.device)
+        }  # fmt: skip
+        said = ", search at every call" if policy == "adaspa" else ""  # a generation searches at a few steps only
+        name = f"blade {policy}{said}, sparsity {sparsity}"
         yield Arm(name, call, check, about=about, certified_by=every, after=after)
 
 
@@ -180,9 +203,10 @@ def _backward(plan: Plan, dtype: torch.dtype, H: int, S: int, D: int) -> Case:
         density = p.kept_blocks / (H * p.num_blocks**2)
         attend = torch.ops.blade.block_sparse_attention
         sparse = lambda *t: attend(*t, p.num, p.idx, block_size=p.block)[0]  # noqa: E731
+        backend, attention = _quickest(q)
         return [
-            Arm("dense", _gradients(F.scaled_dot_product_attention, q, k, v, grad), gate(backward_gate(full, grad)),
-                about={"density": 1.0, "flops": 3.5 * full.flops}),
+            Arm("dense", _gradients(attention, q, k, v, grad), gate(backward_gate(full, grad)),
+                about={"density": 1.0, "flops": 3.5 * full.flops, "sdpa": backend}),
             Arm("blade, sparsity 0.8, block 128", _gradients(sparse, q, k, v, grad), gate(backward_gate(p, grad)),
                 about={"sparsity": 0.8, "block": 128, "density": round(density, 4), "flops": 3.5 * p.flops}),
         ]  # fmt: skip
@@ -196,16 +220,15 @@ def _gradients(attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor
     return lambda: torch.autograd.grad(attention(*leaves), leaves, grad)
 
 
-def _distance(full: Problem) -> Callable[[Tensor], float]:
-    """Distance from dense attention, whatever it is: for peers that approximate in their own way."""
+def _distance(full: Problem, call: Callable[[], Tensor]) -> Callable[[], dict[str, float]]:
+    """The column with an arm's distance from dense attention in fp64, whatever it is, on a sampled query block."""
     head, row = full.sampled_rows()[1]
-    exact = exact_rows(full, head, row)[0]
 
-    def check(out: Tensor) -> float:
-        finite(out)
-        return relative(out[0, head, full.tokens(row)], exact)
+    def measure() -> dict[str, float]:
+        found = call()[0, head, full.tokens(row)]
+        return {"distance": float(f"{relative(found, exact_rows(full, head, row)[0]):.2e}")}
 
-    return check
+    return measure
 
 
 def _problem(q: Tensor, k: Tensor, v: Tensor, sparsity: float, block: int) -> Problem:

@@ -7,7 +7,7 @@ are random, and the tokenizer knows the words of its prompt only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +19,21 @@ from benchmarks import sdpa
 from benchmarks.demo import default_dtype
 from benchmarks.models import MODELS, Model, Size
 from benchmarks.registry import Arm, Case, Plan, suite
-from benchmarks.split import kept, time_parts
-from benchmarks.suite_models import BASELINE, EVERY_BLOCK, StepGate, about, every_block
+from benchmarks.split import time_parts
+from benchmarks.suite_models import (
+    BASELINE,
+    DENSE_WITNESS,
+    EVERY_BLOCK,
+    StepGate,
+    about,
+    best_sdpa,
+    compiled_for_sure,
+    every_block,
+    separately,
+    sparse_arm,
+    witness,
+    witness_of,
+)
 
 MODEL = "wan2.1-1.3b"
 PROMPT, NEGATIVE, CFG_SCALE = "a red fox runs through the snow", "blurred", 5.0
@@ -32,7 +45,7 @@ TINY_VAE = {
     "base_dim": 4, "dim_mult": [1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [True, True], "in_channels": 12,
     "out_channels": 12, "patch_size": 2,
 }  # fmt: skip
-Frames = Callable[[], Tensor]
+SPARSE, OPTIONS = "blade asa, sparsity 0.8", {"sparsity": 0.8, "when": "always"}
 
 
 @suite("pipeline")
@@ -77,7 +90,7 @@ class Pipelines:
 
         transformer = deepcopy(self.transformer, {id(t): t for t in self.transformer.parameters()})
         if backend is not None:
-            transformer.compile(backend=backend, options=options)
+            transformer.compile(backend=backend, options=options, **separately())
         scheduler = diffusers.UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
         )
@@ -132,7 +145,7 @@ def pipelines(model: Model, plan: Plan, steps: int, dtype: torch.dtype) -> Pipel
     import transformers
 
     large, size, native = published_parts(plan.device), model.size(plan.device), default_dtype(plan.device.type)
-    transformer = model.build(size, native, plan.device)
+    transformer = model.build(size, native, plan.device, plan.seed)
     text = transformers.UMT5Config(**(UMT5_XXL if large else TINY_TEXT))
     torch.manual_seed(plan.seed)
     with torch.device(plan.device):
@@ -156,33 +169,40 @@ def tokenizer() -> Any:
 
 
 def _arms(model: Model, plan: Plan, steps: int) -> list[Arm]:
-    dtype, size = default_dtype(plan.device.type), model.size(plan.device)
+    dtype = default_dtype(plan.device.type)
+    proofs = witnesses(model, plan)
     exact = pipelines(model, plan, steps, torch.float32)
-    gate = StepGate(exact.generation()(), rounding=2000)
+    # Steps add up; frames of another seed are 0.13 away.
+    gate = StepGate(exact.generation()(), rounding=2000, most=0.1)
     del exact
     run = pipelines(model, plan, steps, dtype)
-    heads, width = (({**model.common, **size.config})[k] for k in ("num_attention_heads", "attention_head_dim"))
-    best = sdpa.best(plan.device, dtype, heads, model.tokens(size), width)
-    sparse = {"sparsity": 0.8}
-    calls = {
+    best = best_sdpa(model, plan)
+    made = {
         BASELINE: run.generation("inductor", dense=best),
         "eager dense": run.generation(dense=best),
-        EVERY_BLOCK: run.generation("blade", every_block(sparse)),
-        "blade asa, sparsity 0.8": run.generation("blade", sparse),
+        EVERY_BLOCK: run.generation("blade", every_block(OPTIONS)),
+        SPARSE: run.generation("blade", OPTIONS),
     }
-    checks = {BASELINE: gate.baseline, "blade asa, sparsity 0.8": gate.distance}
-    arms = []
-    for name, call in calls.items():
-        is_sparse = name == "blade asa, sparsity 0.8"
-        arms.append(
-            Arm(
-                name,
-                call,
-                checks.get(name, gate.as_near),
-                about=dict(sparse) if is_sparse else {"sdpa": best},
-                certified_by=EVERY_BLOCK if is_sparse else None,
-                after=lambda call=call, sparse=is_sparse: (kept(call) if sparse else {}) | call.parts(plan.device),
-                timed=name != EVERY_BLOCK,
-            )
-        )
+    calls = {name: compiled_for_sure(each) for name, each in made.items()}
+    parts = {name: lambda each=each: each.parts(plan.device) for name, each in made.items()}
+    about = {"sdpa": best}
+    return [
+        Arm(BASELINE, calls[BASELINE], gate.baseline, None, about, DENSE_WITNESS, parts[BASELINE]),
+        Arm("eager dense", calls["eager dense"], gate.as_near, None, about, after=parts["eager dense"]),
+        Arm(EVERY_BLOCK, calls[EVERY_BLOCK], gate.as_near, certified_by=witness_of(SPARSE), timed=False),
+        sparse_arm(SPARSE, calls[SPARSE], gate.distance, OPTIONS, EVERY_BLOCK, parts[SPARSE]),
+        *proofs,
+    ]
+
+
+def witnesses(model: Model, plan: Plan) -> list[Arm]:
+    """Arms that are only checked: one step in fp32 of a shallow transformer, see `suite_models.witnesses`."""
+    run = pipelines(model.shallow(), plan, 1, torch.float32)
+    gate = StepGate(run.generation()(), rounding=400)
+    dense, every = run.generation("inductor"), run.generation("blade", every_block(OPTIONS))
+    arms = [
+        witness(DENSE_WITNESS, compiled_for_sure(dense), gate.baseline),
+        witness(witness_of(SPARSE), compiled_for_sure(every), gate.as_near, blade=True),
+    ]
+    torch._dynamo.reset()
     return arms

@@ -21,6 +21,7 @@ class DiTAdapter(Adapter):
 
     family = "dit"
     block_lists = ("transformer_blocks",)
+    held_by_root = ("transformer_blocks.0",)  # whose time embedding the output layer takes, after the blocks
 
     def latent_shape(self, latent: LatentConfig, batch: int) -> tuple[int, ...]:
         """``[B, C, H, W]``."""

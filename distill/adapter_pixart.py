@@ -52,9 +52,11 @@ class PixArtAdapter(Adapter):
         return {"prompt_embeds": (120, width), "prompt_attention_mask": (120,)}
 
     def encode(self, pipeline: Any, prompts: Sequence[str], max_length: int | None = None) -> dict[str, Tensor]:
-        """120 tokens (PixArt-sigma: 300) and their mask."""
+        """120 tokens (PixArt-sigma: 300) and their mask, of captions cleaned as the pipeline's call cleans them."""
         length = {} if max_length is None else {"max_sequence_length": max_length}
-        embeds, mask, _, _ = pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False, **length)
+        embeds, mask, _, _ = pipeline.encode_prompt(
+            list(prompts), do_classifier_free_guidance=False, clean_caption=True, **length
+        )
         return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
 
     def call(

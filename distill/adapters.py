@@ -63,6 +63,8 @@ class Adapter:
     "ends of the names of the time embedding's last linear layers, through which a student is told K"
     text_tokens: ClassVar[int] = 0
     "tokens of text that share the self-attention by default; 0: text by cross-attention, or none"
+    held_by_root: ClassVar[tuple[str, ...]] = ()
+    "blocks, as <list>.<index>, that the transformer also reads outside their own call: never sharded by themselves"
     compression: ClassVar[tuple[int, int]] = (1, 8)
     "frames and pixels per latent where the model folder has no VAE"
 
@@ -261,10 +263,15 @@ def even_sigmas(steps: int) -> list[float]:
 
 
 def family_of(transformer: Mapping[str, Any], asked: str = "auto") -> str:
-    """The family of a transformer's configuration. Raises ``ConfigError`` where it has none."""
-    if asked != "auto":
-        return asked
+    """The family of a transformer's configuration. Raises ``ConfigError`` where it has none, or is of another."""
     name = str(transformer.get("_class_name"))
+    if asked != "auto":
+        if _FAMILIES.get(name, asked) != asked:
+            raise ConfigError(
+                f"model.family is {asked!r}, but the transformer is a {name}, which is {_FAMILIES[name]!r}; "
+                "set model.family=auto"
+            )
+        return asked
     if name not in _FAMILIES:
         raise ConfigError(
             f"the transformer is a {name}, for which there is no adapter; valid are {', '.join(_FAMILIES)}. "

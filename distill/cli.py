@@ -43,7 +43,7 @@ DryRun = Annotated[
     typer.Option(
         "--dry-run",
         "-n",
-        help="check everything and show parameters, attention calls, token grid, steps, memory and time per rank; "
+        help="check the settings and show parameters, attention calls, token grid, steps, memory and time per rank; "
         "start nothing",
     ),
 ]
@@ -83,13 +83,15 @@ def init(
 @app.command()
 def prepare(config: ConfigOption = None, overrides: Overrides = None) -> None:
     """Embed the prompts once, and the negative prompt. Continues where it was stopped; ranks share the work."""
-    from blade_compile.distill.encoder import prepare_run
+    from blade_compile.distill import ranks
+    from blade_compile.distill.encoder import prepare_run, prepared_folder
 
     given = _load(config, overrides)
-    rank, world = _ranks()
-    made = prepare_run(given, rank, world, _progress("embedding prompts", rank))
-    if rank == 0:
-        print(f"{made} prompts embedded now; all are in {given.embeddings}")
+    with ranks.ranks() as here:
+        made = prepare_run(given, here.rank, here.world, _progress("embedding prompts", here.rank))
+        total = round(here.mean([float(made)])[0] * here.world)  # waits for the others
+    if here.first:
+        print(f"{total} prompts embedded now; all are in {prepared_folder(given)}")
 
 
 @app.command()
@@ -137,7 +139,9 @@ def generate(
     prompt_file: Annotated[Path | None, typer.Option("--prompts", metavar="FILE", help="a file of prompts")] = None,
     out: Out = None,
     base: Annotated[str | None, typer.Option(metavar="MODEL", help="base model; the export's own if not given")] = None,
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="of the first clip; the next ones count up")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, metavar="N", help="of the first clip where its file names none; the next count up")
+    ] = 0,
     count: Annotated[int, typer.Option(min=1, metavar="N", help="clips per prompt")] = 1,
     sparse: Annotated[bool, typer.Option("--sparse/--dense", help="block-sparse as trained, or dense")] = True,
     device: Annotated[
@@ -152,12 +156,12 @@ def generate(
         raise ConfigError("give prompts either by --prompt or by --prompts")
     if not export.is_dir():
         raise ConfigError(f"{export} is no folder; give what `blade-distill export` wrote")
-    texts = prompts if prompt_file is None else [prompt.text for prompt in _read_prompts(prompt_file)]
+    wanted = prompts if prompt_file is None else _read_prompts(prompt_file)
     from blade_compile.distill.generate import generate_from_export
 
     made = generate_from_export(
         export,
-        texts,
+        wanted or (),
         out or export.parent / "generated",
         base=base,
         seeds=range(seed, seed + count),
@@ -192,6 +196,9 @@ def evaluate(
     device: Annotated[
         str | None, typer.Option(metavar="DEVICE", help="cuda, cpu; the best there is if not given")
     ] = None,
+    trust_code: Annotated[
+        bool, typer.Option("--trust-code", help="run the module:callable that made the export, where one did")
+    ] = False,
 ) -> None:
     """Compare dense with sparse and teacher with student at equal seeds: PSNR, SSIM, MMD, time, memory; VBench."""
     if vbench not in {None, "1", "2"}:
@@ -200,11 +207,15 @@ def evaluate(
         raise ConfigError("--vbench needs --vbench-python: the interpreter of an environment that has VBench installed")
     if not export.is_dir():
         raise ConfigError(f"{export} is no folder; give what `blade-distill export` wrote")
+    prompts = _read_prompts(prompt_file)
+    if any((one.seed, one.height, one.width, one.num_frames) != (None,) * 4 for one in prompts):
+        told = f"{prompt_file} names seeds or sizes, which eval leaves alone: all is drawn at the training's size"
+        print(f"{told}, with the seeds 0 to {seeds - 1}", file=sys.stderr)
     from blade_compile.distill.evaluate import evaluate_export
 
     evaluate_export(
         export,
-        [prompt.text for prompt in _read_prompts(prompt_file)],
+        [prompt.text for prompt in prompts],
         out or export.parent / "eval",
         base=base,
         seeds=seeds,
@@ -213,6 +224,7 @@ def evaluate(
         vbench_python=vbench_python,
         dimensions=tuple(dimensions or ()),
         device=device,
+        trust_code=trust_code,
     )
 
 

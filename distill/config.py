@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +35,10 @@ from blade_compile.distill.errors import ConfigError
 from blade_compile.distill.objective import guidance_note
 from blade_compile.distill.presets import PRESETS
 
+_WHOLE = frozenset({"blade_options", "columns"})
+"""Fields that are mappings: one of them replaces the preset's, it isn't merged into it"""
+_BUDGET = ("min_keep", "max_keep")
+
 Tracker = Literal["none", "tensorboard", "wandb", "trackio"]
 
 
@@ -43,7 +47,7 @@ class RunConfig(Section):
 
     name: str = Field("run", description="of the run; its files go to <output_dir>/<name>")
     output_dir: str = Field("runs", description="parent folder of all runs")
-    seed: int = Field(0, ge=0, lt=2**31, description="of weights, noise and probes")
+    seed: int = Field(0, ge=0, lt=2**31, description="of weights and noise")
     preset: str | None = Field(None, description=f"start from {', '.join(PRESETS)}; what stands here changes it")
     model: ModelConfig = Field(description="the teacher, from which student and critic start")
     data: DataConfig = Field(DataConfig(), description="prompts or their embeddings; no image or video is needed")
@@ -103,7 +107,7 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunCo
             the nearest valid one), a value that isn't valid.
     """
     given: dict[str, Any] = _canonical(_read(path))
-    for override in overrides:
+    for override in sorted(overrides, key=lambda text: not text.startswith("preset=")):
         _apply(given, override)
     return resolve(given)
 
@@ -115,7 +119,8 @@ def resolve(given: dict[str, Any]) -> RunConfig:
         return _checked(given)
     if name not in PRESETS:
         raise ConfigError(f"preset: found {name!r}; valid are {', '.join(PRESETS)}{_near(str(name), PRESETS)}")
-    return _checked(_merged(presets.values(name), _canonical(given)))
+    given = _canonical(given)
+    return _checked(_without_budget(_merged(presets.values(name), given), given))
 
 
 def dump(config: RunConfig, commented: bool = True) -> str:
@@ -171,9 +176,17 @@ def _apply(given: dict[str, Any], override: str) -> None:
     here = given
     for name in names[:-1]:
         if not isinstance(here.get(name), dict):
-            here[name] = {}
+            here[name] = _presets_own(given, name)
         here = here[name]
     here[names[-1]] = value
+
+
+def _presets_own(given: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What one key of a mapping is set in: the preset's mapping, which what is given would replace as a whole."""
+    preset = given.get("preset")
+    if name not in _WHOLE or preset not in PRESETS:
+        return {}
+    return next((dict(value) for path, (value, _) in PRESETS[preset].items() if path.endswith(f".{name}")), {})
 
 
 def _canonical(value: Any) -> Any:
@@ -188,12 +201,22 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """``over`` on top of ``base``, section by section."""
     merged = dict(base)
     for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        both = key not in _WHOLE and isinstance(value, dict) and isinstance(base.get(key), dict)
         merged[key] = _merged(base[key], value) if both else value
     if "factory" in over or "path" in over:  # another source replaces the preset's
-        for name in {"factory", "path"} - over.keys():
+        for name in {"factory", "path", "family", "revision", "weights"} - over.keys():
             merged.pop(name, None)
     return merged
+
+
+def _without_budget(merged: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out the preset's bounds of the density where a sparsity is given, which fixes it."""
+    own = given.get("sparsity")
+    if not isinstance(own, dict) or "blade_options" in own or (own.get("sparsity") is None and not own.get("schedule")):
+        return merged
+    section = merged["sparsity"]
+    left = {k: v for k, v in section.get("blade_options", {}).items() if k not in _BUDGET}
+    return merged | {"sparsity": section | {"blade_options": left}}
 
 
 def _checked(given: dict[str, Any]) -> RunConfig:
@@ -239,7 +262,7 @@ def _near(name: str, names: Any) -> str:
 def _lines(section: BaseModel, indent: str, preset: str | None, commented: bool, at: str = "") -> Iterator[str]:
     for name, field in type(section).model_fields.items():
         value, path = getattr(section, name), f"{at}{name}"
-        source = presets.source(preset, path) if preset else None
+        source = presets.source(preset, path, _plain(value)) if preset else None
         text = f"{field.description} ({source})" if source else field.description
         comment = f"  # {text}" if commented else ""
         if isinstance(value, BaseModel):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -23,6 +22,7 @@ from blade_compile.distill.adapters import Adapter, load_model
 from blade_compile.distill.config import RunConfig
 from blade_compile.distill.cost import Pass, forward_cost, matmul_rate
 from blade_compile.distill.errors import ConfigError
+from blade_compile.distill.preflight import check_precision, check_settings
 from blade_compile.distill.prompts import read_prompts
 
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -104,15 +104,15 @@ def dry_run(config: RunConfig, world: int = 1, *, rate: float | None = None) -> 
         rate: operations per second of a rank; None: a matrix product is timed here.
 
     Raises:
-        ConfigError: the model can't be built, the clip or K doesn't fit, or there is no attention to make sparse.
+        ConfigError: the model can't be built or run, a setting doesn't fit it (``preflight.check_settings``), or there
+            is no attention to make sparse.
         DataError: the prompts can't be read.
     """
     prompts = None if config.data.prompts is None else len(read_prompts(config.data.prompts, config.data.columns))
-    check_folder(Path(config.folder))
+    check_precision(config)
     model, adapter = load_model(config.model, meta=True)
+    times = {k: grid.times for k, grid in check_settings(config, adapter, world).items()}
     grid = adapter.token_grid(config.latent)
-    times = {k: adapter.grid(config.latent, k).times for k in config.method.all_steps}
-    check_guidance(config, adapter)
     trained = _mark_trained(model, config, adapter)
     cost, said = _cost(config, model, adapter)
     sites, others, tokens = _sites(model, grid, cost)
@@ -147,31 +147,6 @@ def dry_run(config: RunConfig, world: int = 1, *, rate: float | None = None) -> 
         rate_from=rate_from,
         guidance=config.guidance,
     )
-
-
-def check_folder(folder: Path) -> None:
-    """Raise ``ConfigError`` where the run's folder can't be written."""
-    here = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    try:
-        with tempfile.TemporaryFile(dir=here):
-            pass
-    except OSError as error:
-        raise ConfigError(f"output_dir: {here} can't be written ({error.strerror}); choose another") from None
-
-
-def check_guidance(config: RunConfig, adapter: Adapter) -> None:
-    """Raise ``ConfigError`` where guidance is set that the model doesn't take."""
-    takes = getattr(adapter, "embedded_guidance", False)
-    if config.method.embedded_guidance is not None and not takes:
-        raise ConfigError(
-            f"method.embedded_guidance is {config.method.embedded_guidance:g}, but this {adapter.family} model takes "
-            "none as an input; set it to null and use method.cfg_scale"
-        )
-    if takes and config.method.cfg_scale != 1:
-        raise ConfigError(
-            f"method.cfg_scale is {config.method.cfg_scale:g}, but this {adapter.family} model is guidance-distilled: "
-            "set it to 1 and give the scale as method.embedded_guidance"
-        )
 
 
 def _sites(model: nn.Module, grid: tuple[int, int, int], cost: Pass | None) -> tuple[int, int, int]:
@@ -209,9 +184,14 @@ def _cost(config: RunConfig, model: nn.Module, adapter: Adapter) -> tuple[Pass |
         return forward_cost(call, model), "counted in a forward pass on the meta device"
     except ConfigError:
         raise
-    except Exception as error:  # noqa: BLE001 - models are free to read values, which meta tensors lack
-        said = f"{type(error).__name__}: {error}".split("\n")[0][:100]
-        return None, f"by module names: the model can't run on meta, {said}"
+    except Exception as error:  # models are free to read values, which meta tensors lack
+        said = f"{type(error).__name__}: {error}".split("\n")[0]
+        if not (isinstance(error, NotImplementedError) or "meta" in str(error).lower()):
+            raise ConfigError(
+                f"a forward pass of the model fails: {said[:300]}; latents and conditions have to be those of the "
+                f"model ({type(adapter).__name__})"
+            ) from error
+        return None, f"by module names: the model can't run on meta, {said[:100]}"
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

@@ -317,8 +317,8 @@ class ParquetEmbeddings:
         """The unconditional input. Raises ``DataError`` where none was given."""
         if self._negative is None:
             raise DataError(
-                "data.embeddings is FastVideo's Parquet, which has no negative prompt: set method.cfg_scale=1, or give "
-                "data.prompts and run `blade-distill prepare`"
+                "data.embeddings is FastVideo's Parquet, which has no negative prompt: set method.cfg_scale=1, or run "
+                "`blade-distill prepare`, which encodes data.negative_prompt"
             )
         return stacked([self._negative] * batch)
 
@@ -345,6 +345,10 @@ def _parquet_row(file: Path, i: int, row: Mapping[str, Any]) -> tuple[str, Tenso
 
 def open_embeddings(path: str | Path) -> Embeddings | ParquetEmbeddings:
     """Ours, or FastVideo's Parquet. Raises ``DataError`` where there is neither."""
+    return ParquetEmbeddings(path) if is_parquet(path) else Embeddings(path)
+
+
+def is_parquet(path: str | Path) -> bool:
+    """Whether these are FastVideo's: a file, or a folder of them that holds none of ours."""
     root = Path(path)
-    ours = root.suffix != ".parquet" and ((root / "index.json").exists() or not any(root.rglob("*.parquet")))
-    return Embeddings(root) if ours else ParquetEmbeddings(root)
+    return root.suffix == ".parquet" or (not (root / "index.json").exists() and any(root.rglob("*.parquet")))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from blade_compile.distill.adapters import Adapter, load_adapter
 from blade_compile.distill.config import RunConfig
-from blade_compile.distill.embeddings import Encoder, prepare
+from blade_compile.distill.embeddings import Encoder, is_parquet, prepare
 from blade_compile.distill.errors import ConfigError, DataError
 from blade_compile.distill.model_files import ModelFiles
 from blade_compile.distill.prompts import read_prompts
@@ -54,6 +54,8 @@ def fingerprint(config: RunConfig, family: str) -> str:
         "dtype": config.model.dtype,
         "factory": config.model.factory,
     }
+    if family == "pixart":
+        said["clean_caption"] = True  # earlier versions encoded captions as they were
     root = Path(str(config.model.path)).expanduser()
     if config.model.path is not None and root.is_dir():
         files = [p for p in sorted(root.glob("t*/**/*")) if p.is_file() and p.parts[len(root.parts)] != "transformer"]
@@ -73,7 +75,12 @@ def prepare_run(
     world: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
-    """Embed the prompts of a run. Returns how many were embedded now; see ``embeddings.prepare``."""
+    """Embed the prompts of a run. Returns how many were embedded now; see ``embeddings.prepare``.
+
+    Of ready embeddings in FastVideo's Parquet, which lack it, the negative prompt alone.
+    """
+    if _lacks_negative(config):
+        return prepare_negative(config, rank, world, progress)
     adapter = load_adapter(config.model)
     texts = run_prompts(config, adapter)
     if config.data.prompts is None and config.data.embeddings and not Path(config.embeddings).is_dir():
@@ -90,6 +97,47 @@ def prepare_run(
         world=world,
         progress=progress,
     )
+
+
+def _lacks_negative(config: RunConfig) -> bool:
+    """Whether the run's embeddings are ready ones in FastVideo's Parquet."""
+    return config.data.prompts is None and config.data.embeddings is not None and is_parquet(config.data.embeddings)
+
+
+def prepared_folder(config: RunConfig) -> str:
+    """Where ``prepare_run`` writes: beside FastVideo's Parquet the run's own folder."""
+    return f"{config.folder}/embeddings" if _lacks_negative(config) else config.embeddings
+
+
+def prepare_negative(
+    config: RunConfig,
+    rank: int = 0,
+    world: int = 1,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> int:
+    """Embed the negative prompt of a run alone. Returns 1, or 0 where it is there already or is another rank's.
+
+    Raises:
+        ConfigError: the model has no text encoder, or the folder holds embeddings of another one.
+    """
+    adapter = load_adapter(config.model)
+    text = config.data.negative_prompt
+    try:
+        return prepare(
+            prepared_folder(config),
+            [text],
+            text,
+            run_encoder(config, adapter),
+            fingerprint(config, adapter.family),
+            rank=rank,
+            world=world,
+            progress=progress,
+        )
+    except ConfigError as error:
+        raise ConfigError(
+            "data.embeddings is FastVideo's Parquet, which has no negative prompt, and data.negative_prompt can't be "
+            f"encoded for it: {error}; or set method.cfg_scale=1"
+        ) from None
 
 
 def run_prompts(config: RunConfig, adapter: Adapter) -> list[str]:

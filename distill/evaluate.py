@@ -304,10 +304,11 @@ def evaluate_student(
     base: str | None = None,
     teacher_steps: int = 50,
     teacher_cfg_scale: float | None = None,
-    negative_prompt: str = "",
+    negative_prompt: str | None = None,
     with_teacher: bool = True,
     compiled: bool = True,
     device: str | None = None,
+    trust_code: bool = False,
 ) -> Evaluation:
     """Compare a student sparse, dense, and its teacher.
 
@@ -316,13 +317,17 @@ def evaluate_student(
         prompts, seeds: what to draw.
         out: folder of the results.
         base: the base model, where it is not the one that the export names.
-        teacher_steps, teacher_cfg_scale, negative_prompt: how the teacher samples.
+        teacher_steps, teacher_cfg_scale, negative_prompt: how the teacher samples; None: as in the training.
         with_teacher: False leaves the teacher out.
         compiled: compile also what is dense, so that times compare.
         device: None: cuda where there is one.
+        trust_code: run the factory that the export names, if it names one.
     """
-    common: dict[str, Any] = {"base": base, "compiled": compiled, "device": device}
-    steps = read_record(export)["steps"]
+    common: dict[str, Any] = {"base": base, "compiled": compiled, "device": device, "trust_code": trust_code}
+    record = read_record(export)
+    steps = record["steps"]
+    if negative_prompt is None:
+        negative_prompt = record.get("negative_prompt") or ""
     models: dict[str, Callable[[], Sampler]] = {
         f"student sparse, {steps} steps": partial(load_student, export, sparse=True, **common),
         f"student dense, {steps} steps": partial(load_student, export, sparse=False, **common),
@@ -352,6 +357,7 @@ def score_by_vbench(
     info: str | Path | None = None,
     checkout: str | Path | None = None,
     device: str | None = None,
+    trust_code: bool = False,
 ) -> tuple[str, list[str]]:
     """Draw a suite's clips from teacher and student, score them in the other interpreter, and put both in one table.
 
@@ -360,7 +366,7 @@ def score_by_vbench(
         export: folder of the export.
         out: folder for clips and results, one below it for each model. A stopped run goes on.
         python: interpreter that has the suite.
-        base, teacher_steps, device: as in ``evaluate_student``.
+        base, teacher_steps, device, trust_code: as in ``evaluate_student``; the teacher samples as in the training.
         dimensions: some of the suite's; empty: all.
         info: the suite's full_info.json; None: asked from the interpreter.
         checkout: folder to run the suite in; VBench-2.0 wants its checkout.
@@ -370,9 +376,10 @@ def score_by_vbench(
     """
     source = Path(info) if info else find_info(suite, str(python), checkout)
     clips = plan(suite, read_info(source), dimensions=dimensions or None, suffix=suffix_for(video=True))
+    common: dict[str, Any] = {"base": base, "device": device, "trust_code": trust_code}
     models: dict[str, Callable[[], LoadedModel]] = {
-        "teacher": partial(load_teacher, export, base=base, steps=teacher_steps, device=device),
-        "student": partial(load_student, export, base=base, device=device),
+        "teacher": partial(load_teacher, export, steps=teacher_steps, **common),
+        "student": partial(load_student, export, **common),
     }
     found, failed = {}, []
     for name, load in models.items():
@@ -413,6 +420,7 @@ def evaluate_export(
     vbench_python: str | Path | None = None,
     dimensions: Sequence[str] = (),
     device: str | None = None,
+    trust_code: bool = False,
 ) -> None:
     """What ``blade-distill eval`` does; the tables go to the terminal, too.
 
@@ -427,13 +435,15 @@ def evaluate_export(
         vbench_python: interpreter that has it; for VBench-2.0 its checkout is the working directory.
         dimensions: of VBench; empty: all.
         device: None: cuda where there is one.
+        trust_code: run the factory that the export names, if it names one.
 
     Raises:
         DataError: VBench failed on a dimension; the others are in the table.
     """
-    result = evaluate_student(
-        export, prompts, range(seeds), out, base=base, teacher_steps=teacher_steps, device=device
-    )  # fmt: skip
+    common: dict[str, Any] = {
+        "base": base, "teacher_steps": teacher_steps, "device": device, "trust_code": trust_code,
+    }  # fmt: skip
+    result = evaluate_student(export, prompts, range(seeds), out, **common)
     sys.stdout.write(result.markdown())
     if vbench is None:
         return
@@ -443,10 +453,8 @@ def evaluate_export(
         export,
         folder,
         str(vbench_python),
-        base=base,
-        teacher_steps=teacher_steps,
         dimensions=dimensions,
-        device=device,
+        **common,
     )
     sys.stdout.write(f"\n{text}")
     if failed:

@@ -231,15 +231,18 @@ def record_of(
     scheduler: str | None = None,
     token_grid: tuple[int, int, int] | None = None,
     other_grids: Mapping[int, Grid] | None = None,
+    pipeline: str | None = None,
 ) -> dict[str, Any]:
     """The content of ``blade.json``."""
-    model, method = config.get("model") or {}, config.get("method") or {}
+    model, method, data = (config.get(section) or {} for section in ("model", "method", "data"))
     options = SparsityConfig.model_validate(config.get("sparsity") or {}).options(token_grid)
     return {
         "format": FORMAT,
         "family": family,
         "base_model": model.get("path"),
         "base_revision": model.get("revision"),
+        "base_weights": model.get("weights"),
+        "pipeline": pipeline,
         "factory": model.get("factory"),
         "dtype": model.get("dtype"),
         "weights": weights,
@@ -248,6 +251,8 @@ def record_of(
         "cfg_scale": 1.0,
         "embedded_guidance": method.get("embedded_guidance"),
         "teacher_cfg_scale": method.get("cfg_scale"),
+        "negative_prompt": data.get("negative_prompt", ""),
+        "max_sequence_length": data.get("max_sequence_length"),
         "eta": method.get("eta", 1.0),
         "prediction": schedule.prediction,
         "shift": schedule.shift if isinstance(schedule, FlowSchedule) else None,
@@ -301,6 +306,7 @@ def export(
     token_grid: tuple[int, int, int] | None = None,
     other_grids: Mapping[int, Grid] | None = None,
     step_biases: Mapping[str, Tensor] | None = None,
+    pipeline: str | None = None,
 ) -> Path:
     """Export a student.
 
@@ -311,7 +317,7 @@ def export(
         folder: of the export; must not hold anything yet.
         family: one of ``pipelines.PIPELINES``; None for a model of one's own, whose weights alone are written.
         grid: the steps that it was trained on.
-        config: of the run (``RunConfig.model_dump()``): model, method, latent and sparsity are read.
+        config: of the run (``RunConfig.model_dump()``): model, data, method, latent and sparsity are read.
         scheduler_config: of the base model; None: only with ``schedule``, and not for VP models of a family.
         schedule: of the model, where it is not the configuration's own (a shift fixed at one resolution).
         adapter: the student's, where the model has several.
@@ -320,6 +326,7 @@ def export(
         token_grid: (T, H, W) to write into the options of backend="blade".
         other_grids: of a student that is told K: the steps for other K.
         step_biases: of the same: what to put into the weights for each K, by ``<K>.<name>``.
+        pipeline: the class that the base's ``model_index.json`` names, for families that have several.
 
     Returns:
         The folder.
@@ -329,7 +336,7 @@ def export(
     """
     target = Path(folder)
     check_target(target)
-    known = None if family is None else pipeline_family(family)
+    known = None if family is None else pipeline_family(family, pipeline)
     if schedule is None:
         if scheduler_config is None:
             raise ConfigError("neither a schedule nor the base's scheduler_config.json is given; give one")
@@ -350,6 +357,7 @@ def export(
         scheduler=scheduler and type(scheduler).__name__,
         token_grid=token_grid,
         other_grids=other_grids,
+        pipeline=None if known is None else known.pipeline,
     )
 
     def fill(beside: Path) -> None:

@@ -1,4 +1,4 @@
-"""A student whose model diffusers doesn't have: built by the factory that its export names, sampled by its adapter."""
+"""Models that diffusers doesn't have: built by the factory that an export names, sampled by its adapter."""
 
 from __future__ import annotations
 
@@ -19,24 +19,34 @@ from blade_compile.distill.decoder import pixels
 from blade_compile.distill.errors import ConfigError
 from blade_compile.distill.generate import LoadedModel, Sample
 from blade_compile.distill.grids import Grid
-from blade_compile.distill.matching import Matching
+from blade_compile.distill.matching import Draws, Matching
+from blade_compile.distill.objective import guide
 from blade_compile.distill.pipelines import PipelineFamily
+from blade_compile.distill.preflight import load_weights
 from blade_compile.distill.preview import to_device
 from blade_compile.generations import generation
 
 
 @dataclass(kw_only=True)
-class FactoryStudent(LoadedModel):
-    """A model, compiled or not, in the place of a pipeline; its latents are pixels."""
+class FactoryModel(LoadedModel):
+    """A student or a teacher, compiled or not, in the place of a pipeline; its latents are pixels."""
 
     adapter: Adapter
     latent: LatentConfig
     grid: Grid
     device: torch.device
+    eta: float = 1.0
 
     def student(self, x: Tensor, time: Tensor, condition: Mapping[str, Any], *, steps: int) -> Tensor:
         """As ``matching.Models`` asks for it."""
-        return self.adapter.call(self.pipe, x, time, condition, self.embedded_guidance)
+        prediction = self.adapter.call(self.pipe, x, time, condition, self.embedded_guidance)
+        if self.cfg_scale == 1:
+            return prediction
+        without = self.adapter.call(self.pipe, x, time, self._condition(self.negative_prompt), self.embedded_guidance)
+        return guide(prediction, without, self.cfg_scale)
+
+    def _condition(self, prompt: str) -> Any:
+        return to_device(self.adapter.conditions(self.adapter.encode(None, [prompt]), self.latent), self.device)
 
     @torch.no_grad()
     def __call__(self, prompt: str, seed: int, size: Mapping[str, int] | None = None) -> Sample:
@@ -49,12 +59,13 @@ class FactoryStudent(LoadedModel):
         """
         shape = self.adapter.latent_shape(self.latent, 1)
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
-        condition = to_device(self.adapter.conditions(self.adapter.encode(None, [prompt]), self.latent), self.device)
-        schedule = self.adapter.schedule(self.latent)
-        matching = Matching(self, schedule, self.grid, MethodConfig(steps=self.grid.steps))  # type: ignore[arg-type]
+        condition, schedule = self._condition(prompt), self.adapter.schedule(self.latent)
+        method = MethodConfig(steps=self.grid.steps, eta=self.eta)
+        matching = Matching(self, schedule, self.grid, method)  # type: ignore[arg-type]
+        fresh = Draws(seed, 0, (0,), self.device) if self.eta == 0 else None  # as exported schedulers do
         start = time.perf_counter()
         with generation(self.grid.steps) if self.sparse else nullcontext():
-            latents = matching.roll_out(noise, condition).end
+            latents = matching.roll_out(noise, condition, fresh).end
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
@@ -73,7 +84,7 @@ def load(
     identity: str,
     trust_code: bool,
     biases: Mapping[str, Tensor],
-) -> FactoryStudent:
+) -> FactoryModel:
     """Build the model and put the student's weights into it.
 
     Args:
@@ -91,37 +102,86 @@ def load(
     Raises:
         ConfigError: the factory is not trusted, or the weights are not its model's, or its latents are no pixels.
     """
-    name = str(record.get("factory"))
-    if not trust_code and not name.startswith(OWN_FACTORIES):
-        raise ConfigError(
-            f"{folder} is made by {name}, code of yours or of whom you have it from; --trust-code runs it"
-        )
-    model, adapter = build_by_factory(ModelConfig(factory=name, trust_code=True))
-    latent = LatentConfig(**record["latent"])
-    shape = adapter.latent_shape(latent, 1)
-    if len(shape) not in {4, 5} or shape[1] not in {1, 3}:
-        raise ConfigError(f"{name} makes latents of {shape}, which are no pixels; sample it by code of your own")
+    model, adapter = _build(folder, record, trust_code)
     weights: dict[str, Tensor] = {}
     for file in sorted((folder / "transformer").glob("*.safetensors")):
         weights |= load_file(file)
     try:
         model.load_state_dict({**weights, **biases})
     except RuntimeError as error:
-        raise ConfigError(f"{folder}: its weights don't fit {name}: {' '.join(str(error).split())[:300]}") from None
-    family = PipelineFamily(adapter.family, "", "", fps=8 if len(shape) == 5 else 0)
-    ready = _compiled(model.to(device), sparse, compiled, options)
-    return FactoryStudent(
-        pipe=ready,
-        family=family,
+        said = " ".join(str(error).split())[:300]
+        raise ConfigError(f"{folder}: its weights don't fit {record.get('factory')}: {said}") from None
+    return FactoryModel(
+        pipe=_compiled(model.to(device), sparse, compiled, options),
         steps=grid.steps,
-        embedded_guidance=record.get("embedded_guidance"),
         sparse=sparse,
         identity=identity,
-        adapter=adapter,
-        latent=latent,
         grid=grid,
-        device=torch.device(device),
+        eta=float(record.get("eta", 1.0)),
+        **_common(record, adapter, device),
     )
+
+
+def load_teacher(
+    folder: Path,
+    record: Mapping[str, Any],
+    *,
+    steps: int,
+    cfg_scale: float,
+    negative_prompt: str,
+    compiled: bool,
+    device: str,
+    trust_code: bool,
+) -> FactoryModel:
+    """The factory's own model, with guidance, on as many steps as asked for.
+
+    Args:
+        folder, record, compiled, device, trust_code: as in ``load``.
+        steps: trailing, deterministic.
+        cfg_scale: guidance x_u + s (x_c - x_u).
+        negative_prompt: of x_u.
+
+    Raises:
+        ConfigError: as in ``load``, or the model can't take so many steps.
+    """
+    model, adapter = _build(folder, record, trust_code)
+    load_weights(model, record.get("base_weights"))
+    return FactoryModel(
+        pipe=_compiled(model.to(device), False, compiled, {}),
+        steps=steps,
+        cfg_scale=cfg_scale,
+        negative_prompt=negative_prompt,
+        identity=f"teacher {record.get('factory')}, {steps} steps, guidance {cfg_scale}",
+        grid=adapter.grid(LatentConfig(**record["latent"]), steps),
+        **_common(record, adapter, device),
+    )
+
+
+def _build(folder: Path, record: Mapping[str, Any], trust_code: bool) -> tuple[nn.Module, Adapter]:
+    name = str(record.get("factory"))
+    if not trust_code and not name.startswith(OWN_FACTORIES):
+        raise ConfigError(
+            f"{folder} is made by {name}, code of yours or of whom you have it from; --trust-code runs it"
+        )
+    model, adapter = build_by_factory(ModelConfig(factory=name, trust_code=True))
+    shape = adapter.latent_shape(LatentConfig(**record["latent"]), 1)
+    if len(shape) not in {4, 5} or shape[1] not in {1, 3}:
+        raise ConfigError(f"{name} makes latents of {shape}, which are no pixels; sample it by code of your own")
+    return model, adapter
+
+
+def _common(record: Mapping[str, Any], adapter: Adapter, device: str) -> dict[str, Any]:
+    """What student and teacher share."""
+    latent = LatentConfig(**record["latent"])
+    clips = len(adapter.latent_shape(latent, 1)) == 5
+    return {
+        "family": PipelineFamily(adapter.family, "", "", fps=8 if clips else 0),
+        "embedded_guidance": record.get("embedded_guidance"),
+        "size": {"height": latent.height, "width": latent.width, "num_frames": latent.num_frames},
+        "adapter": adapter,
+        "latent": latent,
+        "device": torch.device(device),
+    }
 
 
 def _compiled(model: nn.Module, sparse: bool, compiled: bool, options: Mapping[str, Any]) -> Any:

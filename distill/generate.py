@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +20,8 @@ from blade_compile.distill.errors import ConfigError, DataError
 from blade_compile.distill.export import STEP_BIASES, fingerprint, read_record
 from blade_compile.distill.grids import Grid
 from blade_compile.distill.pipelines import PipelineFamily, call_arguments, classes, load_scheduler, pipeline_family
+from blade_compile.distill.preflight import load_weights
+from blade_compile.distill.prompts import Prompt
 from blade_compile.distill.samplers import student_scheduler
 from blade_compile.distill.schedules import FlowSchedule, schedule_of
 from blade_compile.generations import generation
@@ -49,6 +52,7 @@ class LoadedModel:
     cfg_scale: float = 1.0
     embedded_guidance: float | None = None
     negative_prompt: str = ""
+    max_sequence_length: int | None = None
     size: Mapping[str, int] = field(default_factory=dict)
     sparse: bool = False
     identity: str = ""
@@ -61,6 +65,9 @@ class LoadedModel:
             prompt: text, or the class of a DiT.
             seed: of the noise; the same for every model, step count and sparsity.
             size: height, width, num_frames that differ from those of the training.
+
+        Raises:
+            DataError: the pipeline can't make this size.
         """
         arguments = call_arguments(
             self.family,
@@ -72,29 +79,55 @@ class LoadedModel:
             size={**self.size, **(size or {})},
             embedded_guidance=self.embedded_guidance,
             negative_prompt=self.negative_prompt,
+            max_sequence_length=self.max_sequence_length,
         )
-        kept = _LastStep(self.pipe.scheduler)
+        kept = _LastStep(self.pipe.scheduler, arguments["generator"])
         start = time.perf_counter()
         with kept, torch.no_grad(), generation(self.steps) if self.sparse else nullcontext():
-            out = self.pipe(**arguments)
+            try:
+                out = self.pipe(**arguments)
+            except ValueError as error:
+                if not size:
+                    raise
+                raise DataError(f"prompt {prompt!r} at {dict(size)}: {error}; change or remove its size") from error
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
         made = out.frames[0] if self.family.video else out.images
         return Sample(clips.to_bytes(torch.as_tensor(made)), kept.latents, seconds)
 
+    def unfit(self, prompt: Prompt) -> str | None:
+        """What a prompt's file asks of its size that this model can't do; None: nothing."""
+        asked = {name: wanted for name, wanted in _size_of(prompt).items() if wanted != self.size.get(name)}
+        one_size = not self.family.pipeline or self.family.name == "dit"
+        for name, wanted in asked.items():
+            if one_size or (name == "num_frames" and not self.family.video):
+                return f"{name} is {wanted}; this model makes {self.size.get(name, 1)}"
+        return None
+
+
+def _size_of(prompt: Prompt) -> dict[str, int]:
+    """Height, width, num_frames that a prompt's file names."""
+    named = {"height": prompt.height, "width": prompt.width, "num_frames": prompt.num_frames}
+    return {name: value for name, value in named.items() if value is not None}
+
 
 class _LastStep:
-    """Keeps the latents that a scheduler's last step returned: every pipeline has a scheduler, few have callbacks."""
+    """Keeps the latents that a scheduler's last step returned: every pipeline has a scheduler, few have callbacks.
 
-    def __init__(self, scheduler: Any) -> None:
-        self.scheduler = scheduler
+    A scheduler that adds noise draws it from the sample's own generator, which most pipelines don't hand on.
+    """
+
+    def __init__(self, scheduler: Any, generator: torch.Generator) -> None:
+        self.scheduler, self.generator = scheduler, generator
         self._latents: Tensor | None = None
 
     def __enter__(self) -> None:
         step = self.scheduler.step
+        seeded = {"generator": self.generator} if "generator" in inspect.signature(step).parameters else {}
 
         def noted(*args: Any, **given: Any) -> Any:
+            given = {**seeded, **given}
             out = step(*args, **given)
             self._latents = out[0] if isinstance(out, tuple) else out.prev_sample
             return out
@@ -116,6 +149,11 @@ def _base_of(record: Mapping[str, Any], base: str | None) -> str:
     if not found:
         raise ConfigError("the export names no base model; give the folder or hub id of the one it was distilled from")
     return str(found)
+
+
+def _revision_of(record: Mapping[str, Any], base: str | None) -> str | None:
+    """Of the base model on the hub, where it is the one that the export names."""
+    return None if base else record.get("base_revision")
 
 
 def _load_pipeline(cls: Any, base: str, **given: Any) -> Any:
@@ -157,7 +195,8 @@ def _scheduler_for(folder: Path, record: Mapping[str, Any], steps: int | None) -
     if grid.steps == record["steps"]:
         return exported
     config = {**exported.config, "_class_name": type(exported).__name__}
-    schedule = FlowSchedule(record["shift"]) if record["shift"] is not None else schedule_of(config)
+    horizon = float(config.get("num_train_timesteps", 1000))
+    schedule = FlowSchedule(record["shift"], horizon) if record["shift"] is not None else schedule_of(config)
     return student_scheduler(record["family"], grid, schedule, config, record["eta"])
 
 
@@ -207,17 +246,17 @@ def load_student(
             path, record, grid=_grid_for(record, steps), sparse=sparse, compiled=compiled, device=_device(device),
             options=asked, identity=identity, trust_code=trust_code, biases=_biases_for(path, record, steps),
         )  # fmt: skip
-    family = pipeline_family(record["family"])
+    family = pipeline_family(record["family"], record.get("pipeline"))
     scheduler = _scheduler_for(path, record, steps)
     pipeline, transformer = classes(family)
     dtype = _DTYPES[record.get("dtype") or "bfloat16"]
-    source = _base_of(record, base)
+    source, given = _base_of(record, base), {"revision": _revision_of(record, base), "torch_dtype": dtype}
     if record["weights"] == "lora":
-        pipe = _load_pipeline(pipeline, source, torch_dtype=dtype)
+        pipe = _load_pipeline(pipeline, source, **given)
         pipe.load_lora_weights(path)
     else:
         model = transformer.from_pretrained(path, subfolder="transformer", torch_dtype=dtype)
-        pipe = _load_pipeline(pipeline, source, transformer=model, torch_dtype=dtype)
+        pipe = _load_pipeline(pipeline, source, transformer=model, **given)
     pipe.scheduler = scheduler
     pipe.to(_device(device))
     pipe.set_progress_bar_config(disable=True)
@@ -233,6 +272,7 @@ def load_student(
         steps or int(record["steps"]),
         float(record["cfg_scale"]),
         record.get("embedded_guidance"),
+        max_sequence_length=record.get("max_sequence_length"),
         size=_size(record),
         sparse=sparse,
         identity=identity,
@@ -245,38 +285,57 @@ def load_teacher(
     base: str | None = None,
     steps: int = 50,
     cfg_scale: float | None = None,
-    negative_prompt: str = "",
+    negative_prompt: str | None = None,
     compiled: bool = True,
     device: str | None = None,
+    trust_code: bool = False,
 ) -> LoadedModel:
     """The model that an export was distilled from: dense, with its own scheduler and guidance.
 
     Args:
-        folder: of the export, which names the base model, the size and the guidance.
-        base: folder or hub id instead of the one named.
+        folder: of the export, which names the base model, its weights, the size and the guidance.
+        base: folder or hub id of the whole teacher instead of the one named, whose weights then are its own.
         steps: of the teacher's scheduler.
         cfg_scale: None: as in the training.
-        negative_prompt: the unconditional input.
+        negative_prompt: the unconditional input; None: as in the training.
         compiled: compile the transformer with Inductor.
         device: None: cuda where there is one.
+        trust_code: run the factory that the export names, if it names one.
+
+    Raises:
+        ConfigError: the folder is no export, or the teacher can't be loaded.
     """
     record = read_record(folder)
-    family = pipeline_family(str(record["family"]))
+    scale = record.get("teacher_cfg_scale") if cfg_scale is None else cfg_scale
+    guidance = 1.0 if scale is None else float(scale)
+    without = (record.get("negative_prompt") or "") if negative_prompt is None else negative_prompt
+    if record["family"] is None:
+        from blade_compile.distill import factory_student
+
+        return factory_student.load_teacher(
+            Path(folder), record, steps=steps, cfg_scale=guidance, negative_prompt=without, compiled=compiled,
+            device=_device(device), trust_code=trust_code,
+        )  # fmt: skip
+    family = pipeline_family(record["family"], record.get("pipeline"))
     dtype = _DTYPES[record.get("dtype") or "bfloat16"]
     source = _base_of(record, base)
-    pipe = _load_pipeline(classes(family)[0], source, torch_dtype=dtype)
+    pipe = _load_pipeline(classes(family)[0], source, revision=_revision_of(record, base), torch_dtype=dtype)
+    try:
+        load_weights(pipe.transformer, None if base else record.get("base_weights"))
+    except ConfigError as error:
+        raise ConfigError(f"{error}; or name the whole teacher by --base") from None
     pipe.to(_device(device))
     pipe.set_progress_bar_config(disable=True)
     if compiled:
         pipe.transformer.compile()
-    scale = record.get("teacher_cfg_scale") if cfg_scale is None else cfg_scale
     return LoadedModel(
         pipe,
         family,
         steps,
-        1.0 if scale is None else float(scale),
+        guidance,
         record.get("embedded_guidance"),
-        negative_prompt,
+        without,
+        record.get("max_sequence_length"),
         _size(record),
         identity=f"teacher {source}, {steps} steps, guidance {scale}",
     )
@@ -314,11 +373,10 @@ def _old_entries(manifest: Path) -> dict[str, dict[str, Any]]:
 
 def generate(
     model: LoadedModel,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Prompt],
     out: str | Path,
     *,
     seeds: Iterable[int] = (0,),
-    sizes: Sequence[Mapping[str, int]] | None = None,
     suffix: str | None = None,
     fps: int | None = None,
 ) -> list[Written]:
@@ -326,10 +384,10 @@ def generate(
 
     Args:
         model: from ``load_student`` or ``load_teacher``.
-        prompts: texts, or classes of a DiT.
+        prompts: texts, or classes of a DiT; those of a file with their own seed and size. A size other than the
+            training's stands in the file's name, as ``<prompt-slug>-480x832x81-<seed>``.
         out: folder for the files.
-        seeds: each prompt is drawn once with each.
-        sizes: height, width, num_frames of each prompt where they differ from the training's.
+        seeds: each prompt is drawn once with each. One with a seed of its own starts there and counts on alike.
         suffix: ``.mp4``, ``.gif`` or ``.png``; None: the best that can be written.
         fps: of clips; None: the family's.
 
@@ -337,10 +395,15 @@ def generate(
         What is in the folder now, in the order of prompts and seeds.
 
     Raises:
-        DataError: no prompts, the folder can't be written, or a file in it is another model's.
+        DataError: no prompts, a size that the model can't make, the folder can't be written, or a file in it is
+            another model's.
     """
     if not prompts:
         raise DataError("there are no prompts to sample; give one or more")
+    wanted = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    for one in wanted:  # before anything is sampled
+        if (why := model.unfit(one)) is not None:
+            raise DataError(f"prompt {one.text!r}: {why}; remove it from the file")
     target, ending = Path(out), clips.suffix_for(model.family.video, suffix)
     manifest = target / "prompts.json"
     try:
@@ -349,17 +412,19 @@ def generate(
         raise DataError(f"can't write {target}: {error.strerror or error}; give another folder") from error
     known, done = _old_entries(manifest), []
     chosen = list(seeds)
-    names = _unique_slugs(prompts)
-    for i, prompt in enumerate(prompts):
-        for seed in chosen:
-            file = f"{names[i]}-{seed}{ending}"
+    for one, slug in zip(wanted, _unique_slugs([one.text for one in wanted])):
+        prompt, size = one.text, _size_of(one)
+        other = any(value != model.size.get(key) for key, value in size.items())
+        name = f"{slug}-{'x'.join(map(str, {**model.size, **size}.values()))}" if other else slug
+        for seed in chosen if one.seed is None else [one.seed + seed - chosen[0] for seed in chosen]:
+            file = f"{name}-{seed}{ending}"
             before = known.get(file)
             if before is not None and (target / file).is_file():
                 if (before["prompt"], before["model"]) != (prompt, model.identity):
                     raise DataError(f"{target / file} is of {before['model']!r}; give another folder or remove it")
                 done.append(Written(**before))
                 continue
-            sample = model(prompt, seed, sizes[i] if sizes else None)
+            sample = model(prompt, seed, size or None)
             clips.write(sample.frames, target / file, fps or model.family.fps or 8)
             done.append(Written(file, prompt, seed, round(sample.seconds, 3), model.identity))
             known[file] = asdict(done[-1])
@@ -369,7 +434,7 @@ def generate(
 
 def generate_from_export(
     export: str | Path,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Prompt],
     out: str | Path,
     *,
     base: str | None = None,

@@ -29,17 +29,18 @@ def loading_code(record: Mapping[str, Any], family: PipelineFamily, folder: str 
         folder: where the export is.
     """
     base, dtype = record.get("base_model") or "PATH/TO/BASE", f"torch.{record.get('dtype') or 'bfloat16'}"
+    revision = f"revision={record['base_revision']!r}, " if record.get("base_revision") else ""
     lines = ["import diffusers", "import torch", "", f"export, base = {folder!r}, {base!r}"]
     if record["weights"] == "lora":
         lines += [
-            f"pipe = diffusers.{family.pipeline}.from_pretrained(base, torch_dtype={dtype})",
+            f"pipe = diffusers.{family.pipeline}.from_pretrained(base, {revision}torch_dtype={dtype})",
             "pipe.load_lora_weights(export)",
         ]
     else:
-        model = f"diffusers.{family.transformer}"
+        model, given = f"diffusers.{family.transformer}", f"{revision}transformer=transformer, torch_dtype={dtype}"
         lines += [
             f'transformer = {model}.from_pretrained(export, subfolder="transformer", torch_dtype={dtype})',
-            f"pipe = diffusers.{family.pipeline}.from_pretrained(base, transformer=transformer, torch_dtype={dtype})",
+            f"pipe = diffusers.{family.pipeline}.from_pretrained(base, {given})",
         ]
     scheduler = f'diffusers.{record["scheduler"]}.from_pretrained(export, subfolder="scheduler")'
     return "\n".join([*lines, f"pipe.scheduler = {scheduler}"])
@@ -55,6 +56,8 @@ def _call(record: Mapping[str, Any], family: PipelineFamily) -> str:
         keys = ("height", "width", "num_frames") if family.video else ("height", "width")
         arguments += [f"{key}={size[key]}" for key in keys if key in size]
     arguments += [f"num_inference_steps={record['steps']}", f"guidance_scale={guidance:g}"]
+    if record.get("max_sequence_length") is not None and family.name != "dit":
+        arguments.append(f"max_sequence_length={record['max_sequence_length']}")
     if family.name == "pixart":
         arguments.append("use_resolution_binning=False")
     out = "frames" if family.video else "images"
@@ -85,7 +88,13 @@ def model_card(record: Mapping[str, Any], family: PipelineFamily | None) -> str:
         f"- guidance: 1 (none); the teacher's {record['teacher_cfg_scale']} is trained in",
         f"- embedded guidance: {'none' if embedded is None else embedded}",
     ]
-    if 0 < record["eta"] < 1:
+    if record["eta"] == 0:
+        drawn = (
+            "; the scheduler draws it from torch's global generator where the pipeline hands it none, so"
+            " `torch.manual_seed` before the call repeats a sample"
+        )
+        facts.append(f"- noise: fresh at every step (eta 0){'' if family is None else drawn}")
+    elif record["eta"] < 1:
         facts.append(f"- noise: fresh noise was mixed in while training (eta {record['eta']:g}), not by the scheduler")
     title = f"# {steps}-step student of {record.get('base_model') or record.get('factory') or 'a model'}"
     parts = [_front_matter(record, family), title, made]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ class PipelineFamily:
     "frames per second of a clip; 0: images"
     embedded_guidance: float | None = None
     "the guidance that guidance-distilled models take as an input, where the run names none"
+    other_pipelines: tuple[str, ...] = ()
+    "classes that are called alike; which one a model has, its ``model_index.json`` says"
 
     @property
     def video(self) -> bool:
@@ -46,21 +48,32 @@ PIPELINES: dict[str, PipelineFamily] = {
         PipelineFamily("ltx", "LTXPipeline", "LTXVideoTransformer3DModel", fps=24),
         PipelineFamily("sd3", "StableDiffusion3Pipeline", "SD3Transformer2DModel"),
         PipelineFamily("flux", "FluxPipeline", "FluxTransformer2DModel", embedded_guidance=3.5),
-        PipelineFamily("pixart", "PixArtAlphaPipeline", "PixArtTransformer2DModel", loads_lora=False),
+        PipelineFamily(
+            "pixart",
+            "PixArtAlphaPipeline",
+            "PixArtTransformer2DModel",
+            loads_lora=False,
+            other_pipelines=("PixArtSigmaPipeline",),
+        ),
         PipelineFamily("dit", "DiTPipeline", "DiTTransformer2DModel", loads_lora=False),
     )
 }
 
 
-def pipeline_family(name: str) -> PipelineFamily:
+def pipeline_family(name: str, pipeline: str | None = None) -> PipelineFamily:
     """The entry of a family.
+
+    Args:
+        name: of the family.
+        pipeline: the class that the model's ``model_index.json`` names; taken where the family has several.
 
     Raises:
         ConfigError: for a name that is none.
     """
     if name not in PIPELINES:
         raise ConfigError(f"family is {name!r}: use one of {', '.join(PIPELINES)}")
-    return PIPELINES[name]
+    family = PIPELINES[name]
+    return replace(family, pipeline=pipeline) if pipeline in family.other_pipelines else family
 
 
 def classes(family: PipelineFamily) -> tuple[Any, Any]:
@@ -92,6 +105,7 @@ def call_arguments(
     size: Mapping[str, int],
     embedded_guidance: float | None = None,
     negative_prompt: str = "",
+    max_sequence_length: int | None = None,
 ) -> dict[str, Any]:
     """Keyword arguments of one call of the pipeline for one sample.
 
@@ -105,6 +119,7 @@ def call_arguments(
         size: ``height``, ``width`` and, for clips, ``num_frames``.
         embedded_guidance: input of guidance-distilled models.
         negative_prompt: used where ``cfg_scale`` is above 1.
+        max_sequence_length: tokens of text; None: the pipeline's own.
     """
     arguments: dict[str, Any] = {
         "num_inference_steps": steps,
@@ -120,7 +135,9 @@ def call_arguments(
     if family.embedded_guidance is not None:  # guidance_scale is their name for the embedded one
         wanted = family.embedded_guidance if embedded_guidance is None else embedded_guidance
         arguments |= {"guidance_scale": wanted, "true_cfg_scale": cfg_scale}
-    if cfg_scale > 1 and negative_prompt:
+    if max_sequence_length is not None:
+        arguments["max_sequence_length"] = max_sequence_length
+    if cfg_scale > 1:  # an empty one too: without any, Flux and HunyuanVideo leave the guidance out
         arguments["negative_prompt"] = negative_prompt
     if family.name == "pixart":
         arguments["use_resolution_binning"] = False  # it would change the token grid behind the student's back

@@ -15,11 +15,14 @@ RELEASE = "TDM's released LoRA"
 MODEL = "the model's own"
 OURS = "ours: not published"
 
+_ROUNDING = OURS + "; at the first step, t = 999, x0 is 157 times eps, and bf16 rounds eps to 8 bits; fp16 in the demo"
+
 Preset = dict[str, tuple[Any, str]]
 """Dotted path of a field to its value and the value's source"""
 
 _BLADE_COMMON: Preset = {
     "seed": (42, BLADE),
+    "data.negative_prompt": ("", OURS + "; the script guides away from a negative prompt: give its text"),
     "method.steps": (8, BLADE),
     "method.eta": (0.9, BLADE),
     "method.intervals": ("overlapping", BLADE),
@@ -32,6 +35,7 @@ _BLADE_COMMON: Preset = {
     "sparsity.policy": ("asa_g", BLADE),
     "sparsity.block_size": (128, BLADE),
     "sparsity.order": ("gilbert", BLADE),
+    "sparsity.tau": (0.95, BLADE + "; max_keep is what decides"),
     "sparsity.critic_sparse": (True, BLADE + "; dense in the paper"),
     "lora.rank": (64, BLADE),
     "lora.alpha": (64.0, BLADE),
@@ -50,6 +54,9 @@ _BLADE_COMMON: Preset = {
     "loop.checkpoint_every": (15, BLADE),
     "model.dtype": ("bfloat16", BLADE),
 }
+
+_BLADE_MASK = {"min_keep": 0.05, "probe": "sample", "probe_tokens": 32}
+"""What blade's own presets of both models share, spelled out: what stands in the section is what runs"""
 
 _TDM_COMMON: Preset = {
     "method.steps": (4, DEMO),
@@ -121,7 +128,10 @@ PRESETS: dict[str, Preset] = {
         "method.huber_c": (0.0113, BLADE),
         "method.normaliser": (False, BLADE + ": computed and never used"),
         "method.regulariser": (0.0, BLADE),
-        "sparsity.blade_options": ({"preset": "wan2.1-1.3b"}, BLADE + ": density at most 0.17, about 0.80 dropped"),
+        "sparsity.blade_options": (
+            {**_BLADE_MASK, "max_keep": 0.17, "global_window": 30},
+            BLADE + ": density at most 0.17, about 0.80 dropped",
+        ),
     },
     "cogvideox-5b": {
         **_BLADE_COMMON,
@@ -135,7 +145,10 @@ PRESETS: dict[str, Preset] = {
         "method.normaliser": (True, BLADE),
         "method.normaliser_cap": (5.0, BLADE),
         "method.regulariser": (0.5, BLADE),
-        "sparsity.blade_options": ({"preset": "cogvideox-5b"}, BLADE + ": density at most 0.10, about 0.81 dropped"),
+        "sparsity.blade_options": (
+            {**_BLADE_MASK, "max_keep": 0.10, "global_window": 15},
+            BLADE + ": density at most 0.10, about 0.81 dropped",
+        ),
     },
     "flux-dev": {
         "model.path": ("black-forest-labs/FLUX.1-dev", OURS),
@@ -162,6 +175,8 @@ PRESETS: dict[str, Preset] = {
     "pixart-alpha": {
         "model.path": ("PixArt-alpha/PixArt-XL-2-512x512", DEMO),
         "model.family": ("pixart", DEMO),
+        "model.dtype": ("float32", _ROUNDING),
+        "parallel.mixed_precision": ("float32", _ROUNDING),
         "latent.height": (512, DEMO),
         "latent.width": (512, DEMO),
         **_TDM_COMMON,
@@ -195,7 +210,7 @@ def values(name: str) -> dict[str, Any]:
     return nested
 
 
-def source(name: str, path: str) -> str | None:
-    """Where a preset's value of a field comes from; None where the preset leaves it at its default."""
+def source(name: str, path: str, value: Any) -> str | None:
+    """Where a field's value comes from; None where it isn't the preset's, or the preset leaves it at its default."""
     entry = PRESETS[name].get(path)
-    return None if entry is None else entry[1]
+    return entry[1] if entry is not None and entry[0] == value else None

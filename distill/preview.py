@@ -43,13 +43,15 @@ class Preview:
         self._stored = embeddings.batch(numbers)
         self._condition: Mapping[str, Any] = to_device(adapter.conditions(self._stored, config.latent), device)
         shape = adapter.latent_shape(config.latent, len(numbers))
-        self._start = Draws(config.seed, 0, range(len(numbers)), device).normal(shape[1:], "preview")
+        self._draws = Draws(config.seed, 0, range(len(numbers)), device)
+        self._start = self._draws.normal(shape[1:], "preview")
         self._video = len(shape) == 5 or (adapter.family in PIPELINES and PIPELINES[adapter.family].video)
         self._fps = PIPELINES[adapter.family].fps if adapter.family in PIPELINES else 0
 
     def make(self, matching: Matching) -> Tensor:
         """Latents of the last step ``[B, ...]``; with sharded models all ranks have to call this."""
-        return matching.roll_out(self._start, self._condition).end
+        fresh = self._draws if matching.method.eta == 0 else None  # as the exported scheduler does
+        return matching.roll_out(self._start, self._condition, fresh).end
 
     def write(self, latents: Tensor, folder: Path) -> list[Path]:
         """Write the first few as clips, and ``prompts.json``. Failing is no reason to end a training: it is logged."""

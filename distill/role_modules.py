@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,20 +14,11 @@ from blade_compile.distill.adapters import Adapter
 from blade_compile.distill.config import RunConfig
 from blade_compile.distill.config_sections import LoraConfig
 from blade_compile.distill.dry_run import lora_layers
-from blade_compile.distill.errors import ConfigError
 from blade_compile.distill.schedules import wide
 from blade_compile.distill.step_condition import TABLE, add_step_condition
 
 Role = Literal["student", "critic", "teacher"]
 TRAINED: tuple[Role, ...] = ("student", "critic")
-
-
-def check_precision(config: RunConfig) -> None:
-    """Raise ``ConfigError`` for float16, which needs loss scaling, which there is none of."""
-    for name, value in (("mixed_precision", config.parallel.mixed_precision), ("dtype", config.model.dtype)):
-        if value == "float16":
-            section = "model" if name == "dtype" else "parallel"
-            raise ConfigError(f"{section}.{name} is float16, in which gradients of these losses vanish; use bfloat16")
 
 
 def make_modules(config: RunConfig, model: nn.Module, adapter: Adapter) -> dict[Role, nn.Module]:
@@ -83,6 +74,38 @@ def belongs(name: str, role: Role, lora: LoraConfig | None) -> bool:
     """Whether a trained parameter is this role's."""
     parts = name.split(".")
     return lora is None or (role in parts and any(p in parts for p in ("lora_A", "lora_B", TABLE)))
+
+
+def sharded_parts(module: nn.Module, adapter: Adapter) -> list[nn.Module]:
+    """The blocks that are sharded by themselves: all but those that the module reads outside their own call."""
+    held = {id(module.get_submodule(name)) for name in getattr(adapter, "held_by_root", ())}
+    return [block for block in blocks_of(module, adapter) if id(block) not in held]
+
+
+def keep_in_fp32(module: nn.Module, device: torch.device) -> list[nn.Module]:
+    """Run the layers that diffusers keeps in fp32 (Wan's time embedding) without autocast, as the pipeline runs them.
+
+    Of what ``_keep_in_fp32_modules`` names only modules with linear layers need it: norms are computed in fp32 under
+    autocast as well. To be called after copies are made: a copy's forward function would be the original's.
+
+    Returns:
+        The modules.
+    """
+    names = set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    found = [m for name, m in module.named_modules() if name.rpartition(".")[2] in names]
+    kept = [m for m in found if any(isinstance(layer, nn.Linear) for layer in m.modules())]
+    kept = [m for m in kept if all(p.dtype == torch.float32 for p in m.parameters())]
+    for one in kept:
+        one.forward = _without_autocast(one.forward, device.type)
+    return kept
+
+
+def _without_autocast(forward: Callable[..., Any], device: str) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(device, enabled=False):
+            return forward(*args, **kwargs)
+
+    return run
 
 
 def blocks_of(module: nn.Module, adapter: Adapter) -> list[nn.Module]:

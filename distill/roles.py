@@ -28,13 +28,20 @@ from blade_compile.diagnosis import explain
 from blade_compile.distill.adapters import Adapter
 from blade_compile.distill.config import RunConfig
 from blade_compile.distill.errors import ConfigError
+from blade_compile.distill.preflight import check_precision, tells_layers_apart
 from blade_compile.distill.role_blocks import Part, Stage, Tally
-from blade_compile.distill.role_modules import TRAINED, Role, belongs, blocks_of, check_precision, make_modules
+from blade_compile.distill.role_modules import (
+    TRAINED,
+    Role,
+    belongs,
+    blocks_of,
+    keep_in_fp32,
+    make_modules,
+    sharded_parts,
+)
 from blade_compile.distill.schedules import wide
 from blade_compile.distill.sharding import shard, whole
 from blade_compile.distill.step_condition import TABLE, step_biases
-
-_BY_LAYER = ("include", "exclude", "calibration")
 
 
 class Roles:
@@ -72,12 +79,13 @@ class Roles:
         for module in self._distinct():
             blocks = blocks_of(module, adapter)
             recompute = config.parallel.activation_checkpointing and bool(blocks)
-            units = blocks if blocks and not self._tells_layers_apart(sharded or recompute) else [module]
+            kept = keep_in_fp32(module, device) if self._compute != torch.float32 else []
+            units = blocks if blocks and not tells_layers_apart(config, sharded or recompute) else [module]
             self._stages[id(module)] = Stage(module, units, recompute=recompute)
             if sharded and mesh is not None:
                 trained = any(p.requires_grad for p in module.parameters())
                 gathered = self._compute if trained and config.lora is None else None
-                shard(module, blocks, mesh, gathered)
+                shard(module, sharded_parts(module, adapter), mesh, gathered, kept)
             else:
                 module.to(device)
         self.replicated = mesh is not None and mesh.size() > 1 and not sharded
@@ -168,16 +176,6 @@ class Roles:
 
     def _blade_options(self, step: int | None) -> dict[str, Any]:
         return self.config.sparsity.options(grid=self.adapter.token_grid(self.config.latent), step=step)
-
-    def _tells_layers_apart(self, block_by_block: bool) -> bool:
-        """Whether the options name layers, which blocks that share one compiled graph have no names for."""
-        named = [name for name in _BY_LAYER if name in self.config.sparsity.blade_options]
-        if named and block_by_block:
-            raise ConfigError(
-                f"sparsity.blade_options has {', '.join(named)}, which tells layers apart, but with parallel.fsdp or "
-                "parallel.activation_checkpointing all blocks share one compiled graph; leave it out or set both false"
-            )
-        return bool(named)
 
     def _sparse(self, role: Role) -> bool:
         sparsity = self.config.sparsity

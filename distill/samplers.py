@@ -65,12 +65,22 @@ def _flow_candidates(family: str | None, schedule: FlowSchedule, steps: int, eta
         )  # fmt: skip
 
 
-def _vp_candidates(family: str | None, base: Mapping[str, Any], steps: int) -> Iterator[Any]:
-    from diffusers import CogVideoXDDIMScheduler, DDIMScheduler, DPMSolverMultistepScheduler
+def _vp_candidates(
+    family: str | None, schedule: VPSchedule, base: Mapping[str, Any], steps: int, eta: float
+) -> Iterator[Any]:
+    from diffusers import CogVideoXDDIMScheduler, DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler
 
     kept = {key: base[key] for key in _VP_KEYS if base.get(key) is not None}
     plain = {key: value for key, value in kept.items() if key != "snr_shift_scale"}
     ends: dict[str, Any] = {"clip_sample": False, "set_alpha_to_one": True}  # the last step ends at the clean sample
+    if eta == 0:  # DDIM's own eta is another: at 1 it still keeps a share of the estimated noise
+        if family == "cogvideox":  # LCM knows no snr_shift_scale, so the betas say it
+            levels = schedule.alphas_cumprod
+            betas = 1 - levels / torch.cat([levels.new_ones(1), levels[:-1]])
+            shape = {"num_train_timesteps": len(betas), "trained_betas": betas.tolist()}
+            plain = {"prediction_type": plain.get("prediction_type", "epsilon"), **shape}
+        yield LCMScheduler(**plain, **ends, original_inference_steps=steps)  # x0 diffused anew to the next level
+        return
     for spacing in ("trailing", "leading"):
         offset = int(base.get("steps_offset", 0)) if spacing == "leading" else 0
         given = {**ends, "timestep_spacing": spacing, "steps_offset": offset}
@@ -117,8 +127,8 @@ def student_scheduler(
         grid: the steps that the student was trained on.
         schedule: of the model, with the shift of the grid.
         base: the base model's scheduler configuration; needed for VP models, whose betas it holds.
-        eta: of the training. At 0 (all noise fresh) flow matching exports the sampler that also renoises; above 0 the
-            deterministic one, as BLADE does with its eta of 0.9.
+        eta: of the training. At 0 (all noise fresh) the sampler that also renoises; above 0 the deterministic one, as
+            BLADE does with its eta of 0.9.
 
     Returns:
         A diffusers scheduler whose ``save_pretrained`` writes ``scheduler_config.json``.
@@ -131,7 +141,7 @@ def student_scheduler(
     elif base is None:
         raise ConfigError("a VP model's scheduler can't be exported without the base's scheduler_config.json")
     else:
-        candidates = _vp_candidates(family, base, grid.steps)
+        candidates = _vp_candidates(family, schedule, base, grid.steps, eta)
     for scheduler in candidates:
         if visits(scheduler, family, schedule, grid):
             return scheduler

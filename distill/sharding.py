@@ -13,7 +13,13 @@ BUCKET = 1 << 25
 """Elements that are averaged in one message"""
 
 
-def shard(module: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, dtype: torch.dtype | None = None) -> None:
+def shard(
+    module: nn.Module,
+    blocks: Sequence[nn.Module],
+    mesh: DeviceMesh,
+    dtype: torch.dtype | None = None,
+    kept: Sequence[nn.Module] = (),
+) -> None:
     """Shard a module's parameters over the ranks, block by block, in place; moves them to the mesh's device.
 
     Args:
@@ -21,10 +27,15 @@ def shard(module: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, dtyp
         blocks: gathered one by one.
         mesh: one-dimensional.
         dtype: in which weights are gathered and used; None: their own. Gradients are always averaged in fp32.
+        kept: modules within whose weights are gathered in their own dtype in any case.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    if dtype is not None:
+        own = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for part in kept:
+            fully_shard(part, mesh=mesh, mp_policy=own)
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     # Also the rest is freed after every forward pass: it would be stale where no backward pass follows.

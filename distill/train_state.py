@@ -96,4 +96,5 @@ class TrainState:
             token_grid=adapter.token_grid(latent),
             other_grids={k: grid for k, grid in grids.items() if k != method.steps},
             step_biases=self.roles.step_biases(),
+            pipeline=None if family is None else adapter.pipeline.get("_class_name"),
         )

@@ -79,7 +79,7 @@ class Trainer:
         self.folder = RunFolder(config.folder)
         self.samples = here.world * config.loop.batch_size * config.loop.grad_accumulation
         adapter = load_adapter(config.model)
-        self.grids = preflight.check_settings(config, adapter)
+        self.grids = preflight.check_settings(config, adapter, here.world)
         found = checkpoints.choose(self.folder.checkpoints, resume)
         record = checkpoints.read_record(found) if found is not None else None
         if found is not None and record is not None:
@@ -93,6 +93,7 @@ class Trainer:
         self._fixed = {"config": config.model_dump(mode="json"), "samples": self.samples, "prompts": fingerprint}
         gc.collect()  # the text encoders
         self.state = TrainState(config, here)
+        preflight.check_space(self.folder.checkpoints, self.state.tensors(), config.loop)
         self.adapter, self.roles = self.state.adapter, self.state.roles
         schedule = self.adapter.schedule(config.latent)
         self.matchings = {k: Matching(self.roles, schedule, grid, config.method) for k, grid in self.grids.items()}

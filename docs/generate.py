@@ -118,7 +118,21 @@ def versions() -> str:
     ]
     of, device = f"source {found['fingerprint']}", found["about"]["device"]
     line = f"Of {len(found['rows'])} rows {passed} passed; {of}, run on the {device.upper()}."
+    if _outdated(found):
+        line += (
+            " **This is a run of an earlier source**: what came in or changed since is not in the tables below, and "
+            f"`{found['command']}` makes them again."
+        )
     return f"{line}\n\n" + table(["", "run", "allowed"], rows)
+
+
+def _outdated(found: dict[str, Any]) -> bool:
+    """Whether the files that a table was made from have changed since."""
+    if str(DOCS.parent) not in sys.path:
+        sys.path.append(str(DOCS.parent))
+    from benchmarks.tables import fingerprint
+
+    return bool(found["fingerprint"] != fingerprint(found["sources"]))
 
 
 def chips() -> str:

@@ -25,7 +25,8 @@ def load(name: str = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers") -> tuple[Any, dict[str,
         sizes = {"num_frames": 5, "height": 64, "width": 64}
         return tiny.wan(), {**tiny.OPTIONS, "policy": "adaspa"}, sizes
     pipe = WanPipeline.from_pretrained(name, torch_dtype=torch.bfloat16).to("cuda")
-    return pipe, {"policy": "adaspa", "sparsity": 0.8}, {"num_frames": 81, "height": 480, "width": 832}
+    options = {"policy": "adaspa", "sparsity": 0.8, "when": "always"}
+    return pipe, options, {"num_frames": 81, "height": 480, "width": 832}
 
 
 def main() -> None:

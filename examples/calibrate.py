@@ -46,7 +46,7 @@ def main() -> None:
     print(f"wrote {path}")
     unseen = calls(pipe, {"prompt": PROMPTS[2], **call}, wanted=1)[0]
     print(blade_compile.measure(pipe.transformer, *unseen[0], options={"calibration": str(path)}, **unseen[1]))
-    pipe.transformer.compile(backend="blade", options={"calibration": str(path)})
+    pipe.transformer.compile(backend="blade", options={"calibration": str(path), "when": "always"})
     pipe(PROMPTS[2], **call, output_type="latent")
 
 

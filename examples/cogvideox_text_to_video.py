@@ -24,7 +24,7 @@ def load(name: str = "THUDM/CogVideoX-5b") -> tuple[Any, dict[str, Any], dict[st
     pipe = CogVideoXPipeline.from_pretrained(name, torch_dtype=torch.bfloat16)
     pipe.enable_model_cpu_offload()  # the transformer comes to the GPU when it is called, compiled or not
     pipe.vae.enable_tiling()
-    return pipe, {"preset": "cogvideox-5b"}, {"num_frames": 49, "num_inference_steps": 50}
+    return pipe, {"preset": "cogvideox-5b", "when": "always"}, {"num_frames": 49, "num_inference_steps": 50}
 
 
 def main() -> None:

@@ -23,7 +23,8 @@ def load(name: str = "black-forest-labs/FLUX.1-dev") -> tuple[Any, dict[str, Any
         return tiny.flux(), tiny.OPTIONS, {**sizes, "num_inference_steps": 2}
     pipe = FluxPipeline.from_pretrained(name, torch_dtype=torch.bfloat16).to("cuda")
     # An image has 4,096 tokens where a video has 30,000: attention is a smaller part of a step, and less is gained.
-    return pipe, {"sparsity": 0.7, "block_size": 64}, {"height": 1024, "width": 1024, "num_inference_steps": 28}
+    options = {"sparsity": 0.7, "block_size": 64, "when": "always"}
+    return pipe, options, {"height": 1024, "width": 1024, "num_inference_steps": 28}
 
 
 def main() -> None:

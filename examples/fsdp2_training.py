@@ -25,7 +25,7 @@ def main() -> None:
         torch.cuda.set_device(device)
     mesh = init_device_mesh(device.type, (int(os.environ["WORLD_SIZE"]),))
     width, tokens, layers, steps = (64, 128, 2, 3) if tiny else (2048, 16384, 24, 100)
-    options = {"sparsity": 0.5, "block_size": 16, "when": "always"} if tiny else {"sparsity": 0.8}
+    options = {"sparsity": 0.5, "block_size": 16, "when": "always"} if tiny else {"sparsity": 0.8, "when": "always"}
 
     torch.manual_seed(0)  # the same weights on every rank
     model = nn.Sequential(*(Block(width, width // 32) for _ in range(layers))).to(device)

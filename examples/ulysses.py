@@ -2,7 +2,7 @@
 
 Each rank holds a part of the sequence. An all-to-all gives it the whole sequence for a part of the heads, sparse
 attention runs there without knowing of the others, and a second all-to-all goes back. Blocks are chosen per head, so
-the result is that of one process.
+the result is that of one process where a head's number doesn't change how its blocks are ranked (see ``MEAN``).
 
     torchrun --nproc-per-node=8 examples/ulysses.py          # GPUs
     torchrun --nproc-per-node=2 examples/ulysses.py --tiny   # two processes on a CPU
@@ -20,6 +20,10 @@ from torch import Tensor
 from torch.distributed import _functional_collectives as collectives
 
 import blade_compile
+
+# Each rank counts its heads from 0, and which tokens the default probe samples depends on a head's number: ranks would
+# keep other blocks than one process does. Means of blocks depend on nothing but the tokens.
+MEAN = {"probe": "mean", "when": "always"}
 
 
 def all_to_all(x: Tensor, cut: int, join: int) -> Tensor:
@@ -44,7 +48,8 @@ def main() -> None:
         torch.cuda.set_device(device)
     dist.init_process_group("gloo" if tiny else "nccl")
     heads, tokens = (4, 256) if tiny else (24, 32768)
-    config = {"sparsity": 0.5, "block_size": 16, "when": "always"} if tiny else {"sparsity": 0.8}
+    # Blocks of more tokens than the default probe samples (16), so that its choice would show in the difference.
+    config = {"sparsity": 0.5, "block_size": 32, **MEAN} if tiny else {"sparsity": 0.8, **MEAN}
 
     torch.manual_seed(0)
     whole = [torch.randn(1, heads, tokens, 64, device=device, requires_grad=True) for _ in range(3)]

@@ -89,11 +89,13 @@ def test_protocols_are_of_published_shapes_and_sparsities() -> None:
 def test_steps_of_every_arm_are_measured(name: str) -> None:
     (case,) = headline.cases(name, PLAN, tiny(name))
     rows = run_case("headline", case, PLAN, rounds=3, budget=0.0)
-    assert [(row["arm"], row["status"]) for row in rows] == [
-        (arm, "ok") for arm in (headline.COMPILED, headline.EAGER, headline.FEW, headline.EVERY, headline.SPARSE)
-    ]
+    every = headline.witness_of(headline.SPARSE)
+    timed = (headline.COMPILED, headline.EAGER, headline.FEW, headline.SPARSE)
+    assert [(row["arm"], row["status"], "seconds" in row) for row in rows] == [
+        *((arm, "ok", True) for arm in timed), *((arm, "ok", False) for arm in (headline.DENSE_WITNESS, every)),
+    ]  # fmt: skip
     by_arm = {row["arm"]: row for row in rows}
-    assert by_arm[headline.SPARSE]["error"] > 10 * by_arm[headline.EVERY]["error"]
+    assert by_arm[headline.SPARSE]["error"] > 10 * by_arm[every]["error"]
     assert by_arm[headline.SPARSE]["density"] < 1
     assert all(row["status"] == "ok" for row in headline.generations(name, rows))
 
@@ -125,7 +127,17 @@ def test_every_phase_of_adaspa_is_measured() -> None:
     }  # fmt: skip
     assert by_arm["AdaSpa, reuse step"]["density"] < 1
     assert by_arm["AdaSpa, dense step"]["density"] == 1
+    assert all("peak_mib" in row for row in rows) or not any("peak_mib" in row for row in rows)
     assert by_arm["AdaSpa, reuse step"]["error"] > 10 * by_arm["AdaSpa, dense step"]["error"]
+
+
+def test_memory_is_that_of_calls_that_compile_nothing() -> None:
+    calls: list[str] = []
+    dense = {name: lambda name=name: calls.append(name) for name in (headline.EAGER, headline.COMPILED)}
+    options = {"policy": "adaspa", "search_steps": phases.SEARCHES}
+    peaks = phases.peak_memory(dense, lambda: calls.append("sparse"), options, PLAN)
+    assert calls == [headline.EAGER, headline.COMPILED, *["sparse"] * phases.SHORT]
+    assert set(peaks) == {*dense, *(phases.arm_of(p) for p in ("dense", "search", "reuse", "refresh"))}
 
 
 @pytest.mark.usefixtures("no_inductor")

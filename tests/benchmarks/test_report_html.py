@@ -14,6 +14,7 @@ import pytest
 from benchmarks import __main__ as command
 from benchmarks import look, plots, registry, report_html, setup_info
 from benchmarks.__main__ import main, write
+from blade_compile.report import Site
 
 SPAN = {"median": 4.0, "low": 3.5, "high": 4.5, "samples": 5}
 SECONDS = {"median": 0.0123, "low": 0.012, "high": 0.013, "samples": 5}
@@ -23,13 +24,14 @@ Row = dict[str, Any]
 def _row(**more: Any) -> Row:
     row = {"suite": "ops", "case": "c", "arm": "blade <b>", "status": "ok", "kind": "forward", "policy": "asa"}
     row |= {"block": 128, "density": 0.2, "dtype": "float32", "D": 64, "S": 2048, "sparsity": 0.8}
-    return {**row, "speedup": SPAN, "baseline": "dense", "seconds": SECONDS, "error": 1.7e-07, **more}
+    row |= {"speedup": SPAN, "baseline": "dense", "seconds": SECONDS, "samples": [0.0123] * 5}
+    return {**row, "error": 1.7e-07, "distance": 0.31, **more}
 
 
 def _content() -> dict[str, Any]:
     """A report with rows of every suite, so that every plot is drawn."""
     model = {"suite": "models", "case": "wan, one step", "model": "wan2.1-1.3b", "kind": "", "error": 0.123,
-             "size": "Wan, scaled down", "weights": "random"}  # fmt: skip
+             "size": "Wan, scaled down", "weights": "random", "sdpa": "default"}  # fmt: skip
     rows = [
         {"suite": "ops", "case": "c", "arm": "peer", "status": "absent", "reason": "is not installed"},
         _row(), _row(S=4096, tflops=1.25, peak_mib=12.5), _row(S=4096, sparsity=0.5, density=0.5),
@@ -44,8 +46,9 @@ def _content() -> dict[str, Any]:
         rows[place].pop("policy")
     rows[4] = {k: v for k, v in rows[4].items() if k not in ("speedup", "seconds")}
     rows[1]["policy"] = "asa"
-    site = {"name": "blocks.0.attn1", "kind": "sdpa", "code": "rewritten", "density": 0.234, "reason": "sparse"}
-    other = {**site, "name": "blocks.0.attn2", "density": None}
+    site = Site(name="blocks.0.attn1", kind="sdpa", rewritten=True, code="rewritten", reason="sparse").to_dict()
+    site |= {"shape": [1, 2, 2304, 2304, 64], "density": 0.234, "recall": 0.5, "predicted_dense": 0.0183}
+    other = {**site, "name": "blocks.0.attn2", "shape": [1, 2, 2304, 32, 64], "density": None}
     return {
         "title": "t", "command": "c", "setup": setup_info.collect(), "notes": ["a note"], "rows": rows,
         "not_run": ["suite x: not run"], "sites": {"wan2.1-1.3b": {"headline": "1 of 1", "sites": [site, other]}},
@@ -99,7 +102,12 @@ def test_every_figure_is_a_value_of_the_report(tmp_path: Path) -> None:
     assert sourced["rows/1/seconds"] == "12.3 ms (12 ms to 13 ms)"
     assert sourced["rows/5/split/attention"] == "203 ms"
     assert sourced["rows/8/published_speedup"] == "14.10x"
-    assert sourced["sites/wan2.1-1.3b/sites/0/density"] == "0.234"
+    assert (sourced["rows/1/samples"], sourced["rows/1/distance"], sourced["rows/5/sdpa"]) == ("5", "0.31", "default")
+    site = {source.rpartition("/")[2]: text for source, text in sourced.items() if "/sites/0/" in source}
+    assert (site["density"], site["recall"], site["predicted_dense"]) == ("0.234", "0.500", "18.3 ms")
+    assert site["shape"] == "1 x 2 x 2304 x 64"
+    assert sourced["sites/wan2.1-1.3b/sites/1/shape"] == "1 x 2 x 2304/32 x 64"
+    assert not any("first_call" in source for source in sourced), "the arms of a case share caches"
 
 
 def test_a_changed_figure_is_noticed(tmp_path: Path) -> None:
@@ -120,6 +128,8 @@ def test_the_page_holds_everything_and_needs_no_network() -> None:
     assert "suite x: not run" in page
     assert all(line in page for line in setup_info.lines(content["setup"]))
     assert "http" not in page.replace("http://www.w3.org", "")
+    assert f'data-plots="{len(plots.PLOTS)}"' in page, "benchmarks.look compares it with what is there"
+    assert page.count("<svg") == len(plots.PLOTS)
     for plot in plots.PLOTS:
         assert f"<figcaption>{markupsafe.escape(plot.title)}" in page
 
@@ -196,4 +206,7 @@ def test_the_page_fits_a_phone_and_a_desktop_in_light_and_dark(tmp_path: Path) -
     assert len(list(tmp_path.glob("*.png"))) == len(look.WIDTHS) * len(look.SCHEMES)
     page = (tmp_path / "report.html").read_text()
     (tmp_path / "wide.html").write_text(page.replace("<h2>", '<div style="width:2000px">wide</div><h2>', 1))
+    (tmp_path / "gone.html").write_text(re.sub(r"<svg.*?</svg>", "", page, count=1, flags=re.DOTALL))
+    missing = f"{len(plots.PLOTS) - 1} of {len(plots.PLOTS)} plots are there"
+    assert any(missing in line for line in look.look(tmp_path / "gone.html", tmp_path))
     assert any("2000" in line or "pixels wide" in line for line in look.look(tmp_path / "wide.html", tmp_path))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import compare, runner
+from benchmarks import compare, runner, setup_info
 from benchmarks.__main__ import main
 from benchmarks.registry import SUITES, Arm, Case, Plan, WrongResultError, suite
 
@@ -94,13 +95,46 @@ def test_arms_that_only_certify_are_not_timed() -> None:
     arms = [Arm("dense", lambda: 1.0), Arm("every block", lambda: 1.0, timed=False)]
     rows = runner.run_case("models", Case("a case", lambda: arms), PLAN, rounds=3)
     assert _row(rows, "every block")["status"] == "ok"
-    assert "seconds" not in _row(rows, "every block")
+    assert not {"seconds", "first_call", "peak_mib"} & _row(rows, "every block").keys()
 
 
 def test_what_is_measured_after_the_clock_is_in_the_row() -> None:
     arms = [Arm("dense", lambda: 1.0), Arm("sparse", lambda: 1.0, after=lambda: {"density": 0.25})]
     rows = runner.run_case("models", Case("a case", lambda: arms), PLAN, rounds=3)
     assert _row(rows, "sparse")["density"] == 0.25
+
+
+def test_a_figure_that_cannot_be_looked_into_is_no_figure() -> None:
+    def broken() -> dict[str, Any]:
+        raise RuntimeError("no lists")
+
+    arms = [Arm("dense", lambda: 1.0), Arm("sparse", lambda: 1.0, after=broken)]
+    row = _row(runner.run_case("models", Case("a case", lambda: arms), PLAN, rounds=3), "sparse")
+    assert (row["status"], row["reason"]) == ("failed", "RuntimeError: no lists")
+    assert not {"speedup", "seconds", "samples"} & row.keys()
+
+
+def test_clocks_are_read_after_the_rounds_on_the_device_that_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(setup_info, "stamp", lambda device: order.append(f"stamp {device.type}") or {"clocks": "x"})
+    arms = [Arm("dense", lambda: order.append("call"))]
+    gpu = Plan(torch.device("meta"))
+    (row,) = runner.run_case("ops", Case("c", lambda: arms, device=PLAN.device), gpu, rounds=3)
+    assert (order[-1], order.count("stamp cpu"), row["clocks"]) == ("stamp cpu", 1, "x")
+    runner.run_case("ops", Case("c", rows=list), gpu)
+    assert order[-1] == "stamp meta"
+
+
+@pytest.mark.parametrize(
+    ("uuid", "visible", "expected"), [("ab-c", "2,3", "GPU-ab-c"), (None, "2,3", "3"), (None, "", "1")]
+)
+def test_the_driver_is_asked_for_the_device_that_pytorch_uses(
+    monkeypatch: pytest.MonkeyPatch, uuid: str | None, visible: str, expected: str
+) -> None:
+    properties = SimpleNamespace(uuid=uuid) if uuid else SimpleNamespace()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert setup_info.driver_id(1) == expected
 
 
 def test_rows_of_other_processes_are_stamped_too() -> None:
@@ -155,6 +189,25 @@ def test_a_result_that_became_wrong_is_reported() -> None:
 
     before, after = _rows({"dense": 0.4, "blade": 0.1}), _rows({"dense": 0.4, "blade": 0.1}, check=check)
     assert "lost: ops / a case / blade: wrong, error 1" in compare.text(before, after)
+
+
+def test_an_arm_that_is_gone_or_was_measured_elsewhere_is_lost() -> None:
+    before = _rows({"dense": 0.4, "blade": 0.1})
+    assert compare.lost(before, before) == []
+    dense = [row for row in before if row["arm"] == "dense"]
+    assert compare.lost(before, dense) == ["ops / a case / blade: not in the second report"]
+    baseline_gone = [{k: v for k, v in row.items() if k != "speedup"} for row in before]
+    assert "lost: ops / a case / blade: it has no speed-up any more" in compare.text(before, baseline_gone)
+    for key, value in (("device", "a GPU"), ("size", "published")):
+        other = [{**row, key: value} for row in _rows({"dense": 0.4, "blade": 0.01})]
+        assert compare.changes(before, other) == []
+        assert len(compare.lost(before, other)) == 2
+        assert f"{key} {before[0].get(key)} -> {value}" in compare.text(before, other)
+
+
+def test_seconds_of_the_baseline_are_printed() -> None:
+    before, after = _rows({"dense": 0.4, "blade": 0.1}), _rows({"dense": 0.8, "blade": 0.2})
+    assert "baseline, for information: ops / a case / dense: 0.4 s -> 0.8 s" in compare.text(before, after)
 
 
 def test_compare_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

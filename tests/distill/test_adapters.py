@@ -512,6 +512,7 @@ def test_encodes_by_the_pipelines_own_method(
         assert pipeline.given["prompt"] == ["one", "two"]
         assert pipeline.given.get("max_sequence_length") == (asked or length)
         assert not pipeline.given.get("do_classifier_free_guidance")
+        assert pipeline.given.get("clean_caption") == (True if family == "pixart" else None)  # as its call does
 
 
 def test_dit_reads_names_numbers_and_no_class() -> None:

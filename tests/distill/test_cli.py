@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
 import sys
 import time
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from blade_compile.distill import cli, config, encoder
+from blade_compile.distill import cli, config, encoder, ranks
 from blade_compile.distill.errors import DivergedError
+from blade_compile.distill.prompts import Prompt
 
 Captured = pytest.CaptureFixture[str]
 COMMANDS = ("init", "prepare", "train", "export", "generate", "eval", "digits")
@@ -208,20 +212,44 @@ def test_prepare_shares_by_rank(monkeypatch: pytest.MonkeyPatch, capsys: Capture
         given.append((rank, world))
         return 3
 
+    class Four(ranks.Ranks):
+        """One of four processes that have each embedded three."""
+
+        def mean(self, values: Sequence[float]) -> list[float]:
+            assert given[-1] == (self.rank, 4) and not capsys.readouterr().out  # waits before "all are in"
+            return list(values)
+
     monkeypatch.setattr(encoder, "prepare_run", prepare_run)
     assert run(monkeypatch, "prepare", "--config", "digits") == 0
     shown = capsys.readouterr()
-    assert "3 prompts embedded now" in shown.out and "0 of 3" in shown.err
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    assert run(monkeypatch, "prepare", "--config", "digits") == 0
-    assert given == [(0, 1), (1, 4)] and capsys.readouterr().out == ""
+    assert "3 prompts embedded now; all are in runs/run/embeddings" in shown.out and "0 of 3" in shown.err
+    for rank in (1, 0):
+        here = Four(rank, 4, torch.device("cpu"))
+        monkeypatch.setattr(ranks, "ranks", lambda here=here: contextlib.nullcontext(here))
+        assert run(monkeypatch, "prepare", "--config", "digits") == 0
+        assert ("12 prompts embedded now" in capsys.readouterr().out) == (rank == 0)
+    assert given == [(0, 1), (1, 4), (0, 4)]
 
 
 def test_prepare_of_the_digits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     own = ["model.factory=tests.distill.test_dry_run:small", "model.trust_code=true"]
     assert run(monkeypatch, "prepare", "-c", "digits", *own) == 0
     assert (tmp_path / "runs/run/embeddings/index.json").is_file()
+
+
+def test_a_prompt_files_seeds_and_sizes(monkeypatch: pytest.MonkeyPatch, capsys: Captured, tmp_path: Path) -> None:
+    """Generate takes them; eval says that it doesn't."""
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a cat", "seed": 7, "height": 64}\n')
+    given: list[Any] = []
+    stand_in(monkeypatch, "generate", generate_from_export=lambda *a, **more: given.append((*a, more)) or [])
+    stand_in(monkeypatch, "evaluate", evaluate_export=lambda *a, **more: given.append((*a, more)))
+    assert run(monkeypatch, "generate", ".", "--prompts", "p.jsonl", "--seed", "2", "--count", "2") == 0
+    assert given[0][1] == [Prompt("a cat", seed=7, height=64)] and given[0][-1]["seeds"] == range(2, 4)
+    assert run(monkeypatch, "eval", ".", "--prompts", "prompts.txt") == 0
+    assert capsys.readouterr().err == ""
+    assert run(monkeypatch, "eval", ".", "--prompts", "p.jsonl", "--seeds", "3", "--trust-code") == 0
+    assert given[2][1] == ["a cat"] and given[2][-1]["trust_code"]
+    assert "p.jsonl names seeds or sizes, which eval leaves alone" in capsys.readouterr().err
 
 
 def test_digits_hands_over_its_options(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from pydantic import BaseModel, ValidationError
 
@@ -14,6 +15,7 @@ from blade_compile.config import BladeConfig
 from blade_compile.distill import presets
 from blade_compile.distill.config import PRESETS, RunConfig, dump, json_schema, load, resolve
 from blade_compile.distill.errors import ConfigError, DataError, DistillError, DivergedError
+from blade_compile.kernels import presets as kernels
 
 BASE = ["model.path=folder", "data.prompts=prompts.txt"]
 
@@ -58,7 +60,10 @@ def test_the_written_yaml_says_where_values_come_from() -> None:
     paths = {path for path, _ in fields(RunConfig)}
     for name in PRESETS:
         assert set(PRESETS[name]) <= paths  # none is lost by a wrong path
-        assert all(presets.source(name, path) for path in PRESETS[name])
+        assert all(presets.source(name, path, value) for path, (value, _) in PRESETS[name].items())
+    own = dump(preset("wan2.1-1.3b", "method.steps=4", "lora.rank=16"))
+    assert "  steps: 4  # K, the student's model calls\n" in own and "  rank: 16  # rank\n" in own
+    assert "  alpha: 64.0  # scale is alpha / rank (BLADE's script)\n" in own
 
 
 def test_blades_published_values() -> None:
@@ -81,7 +86,8 @@ def test_blades_published_values() -> None:
         assert (c.latent.num_frames, c.latent.height, c.latent.width) == size
         blade = BladeConfig.of(c.sparsity.options())
         assert (blade.policy, blade.block, blade.inner_order, blade.probe_tokens) == ("asa_g", 128, "gilbert", 32)
-        assert blade.max_keep == (0.17 if name.startswith("wan") else 0.10)
+        assert {field: getattr(blade, field) for field in kernels.PRESETS[name]} == kernels.PRESETS[name]
+        assert "preset" not in c.sparsity.options()  # what the YAML says is what runs
     assert preset("cogvideox-5b").method.huber_c == pytest.approx(1e-3 / (128 * (60 * 90 * 16 * 13) ** 0.5), rel=0.01)
     assert preset("wan2.1-1.3b").method.huber_c == pytest.approx(1e-3 / 128 * (16 * 21 * 60 * 104) ** 0.5, rel=0.01)
 
@@ -92,6 +98,9 @@ def test_tdms_published_values() -> None:
     assert c.method.weighting == "min_snr" and c.method.gamma == 5 and c.method.importance_weight
     assert (c.optimizer.student.learning_rate, c.optimizer.critic.learning_rate) == (2e-6, 2e-5)
     assert c.loop.batch_size * c.loop.grad_accumulation == 32 and c.loop.max_steps == 500 and c.lora is None
+    alpha = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).prod().sqrt()
+    assert float(1 / alpha) == pytest.approx(157, rel=0.01)  # what the rounding of eps is multiplied by at t = 999
+    assert (c.model.dtype, c.parallel.mixed_precision) == ("float32", "float32")
 
 
 def test_guidance_distilled_models_use_their_own_guidance() -> None:
@@ -147,12 +156,44 @@ def test_the_file_is_over_the_preset_and_overrides_over_both(tmp_path: Path) -> 
     file.write_text("preset: cogvideox-5b\nmodel: {path: mine}\ndata: {prompts: p.txt}\nmethod: {steps: 4, eta: 1.0}\n")
     c = load(file, ["method.steps=2"])
     assert (c.method.steps, c.method.eta, c.method.cfg_scale) == (2, 1.0, 3.5)
-    assert c.model.path == "mine" and c.model.family == "cogvideox"
+    assert c.model.path == "mine" and c.model.family == "auto"  # the preset's is of its own path
 
 
 def test_a_model_of_ones_own_replaces_the_presets() -> None:
     c = load("digits", ["model.path=folder", "data.prompts=p.txt"])
     assert c.model.factory is None and c.model.path == "folder"
+    other = preset("wan2.1-1.3b", "model.path=THUDM/CogVideoX-5b").model
+    assert other.family == "auto" and other.dtype == "bfloat16"
+    assert preset("wan2.1-1.3b", "model.path=mine", "model.family=wan").model.family == "wan"
+    assert preset("wan2.1-1.3b").model.family == "wan"
+
+
+def test_what_the_section_says_is_what_runs() -> None:
+    c = preset("wan2.1-1.3b", "sparsity.policy=asa", "sparsity.order=none")
+    blade = BladeConfig.of(c.sparsity.options())
+    assert (blade.policy, blade.order, blade.max_keep, blade.probe_tokens) == ("asa", "none", 0.17, 32)
+    budget = preset("wan2.1-1.3b", "sparsity.sparsity=0.8")  # a budget of one's own takes the place of the preset's
+    assert budget.sparsity.blade_options == {"probe": "sample", "probe_tokens": 32, "global_window": 30}
+    assert BladeConfig.of(budget.sparsity.options()).budget == 0.8
+    assert preset("wan2.1-1.3b", "sparsity.schedule=[[0, 0.5], [9, 0.8]]").sparsity.at(9) == 0.8
+
+
+def test_options_of_the_backend_replace_the_presets() -> None:
+    assert preset("wan2.1-1.3b", "sparsity.blade_options={}").sparsity.blade_options == {}
+    assert preset("wan2.1-1.3b", "sparsity.blade_options={max_keep: 0.3}").sparsity.blade_options == {"max_keep": 0.3}
+    one = preset("wan2.1-1.3b", "sparsity.blade_options.max_keep=0.3").sparsity.blade_options
+    assert one == preset("wan2.1-1.3b").sparsity.blade_options | {"max_keep": 0.3}
+    same = load(None, ["sparsity.blade_options.max_keep=0.3", "preset=wan2.1-1.3b", "data.prompts=prompts.txt"])
+    assert same.sparsity.blade_options == one
+
+
+def test_the_guides_configuration_runs_as_it_says(tmp_path: Path) -> None:
+    guide = Path(__file__).parents[2] / "docs/distilling.md"
+    (tmp_path / "run.yaml").write_text(guide.read_text().split("```yaml\n")[1].split("```")[0])
+    c = load(tmp_path / "run.yaml")
+    blade = BladeConfig.of(c.sparsity.options())
+    assert c.method.steps == 4 and (blade.policy, blade.budget, blade.block) == ("asa", 0.8, 128)
+    assert blade.probe_tokens == BladeConfig().probe_tokens and blade.max_keep == 1
 
 
 @pytest.mark.parametrize("over", ["optimizer.generator.learning_rate=2e-5", "optimizer.student.learning_rate=2e-5"])
@@ -283,7 +324,7 @@ def test_the_schema_is_for_editors() -> None:
     schema = json_schema()
     json.dumps(schema)
     assert schema["additionalProperties"] is False
-    assert schema["properties"]["seed"]["description"] == "of weights, noise and probes"
+    assert schema["properties"]["seed"]["description"] == "of weights and noise"
 
 
 def test_exit_codes() -> None:

@@ -130,6 +130,11 @@ def _forward_flops(batch: int) -> int:
         ("lora.targets=[nothing]", "no linear layer of the model has such a name"),
         ("method.embedded_guidance=3.5", "takes none as an input"),
         ("output_dir=/proc/none", "can't be written|choose another"),
+        ("parallel.mixed_precision=float16", "mixed_precision is float16"),
+        ("model.dtype=float16", "model.dtype is float16"),
+        ("tracker=trackio", "pip install 'blade-compile.trackio.'"),
+        ("sparsity.blade_options={include: blocks.0.*}", "blade_options has include, which tells layers apart"),
+        ("model.family=ltx", "model.family is 'ltx', but the transformer is a WanTransformer3DModel, which is 'wan'"),
     ],
 )
 def test_refuses_what_cannot_run(wan: Path, override: str, said: str) -> None:
@@ -147,6 +152,13 @@ class WrongGrid(DigitsAdapter):
 
     def token_grid(self, latent: Any) -> tuple[int, int, int]:
         return 9, 9, 9
+
+
+class WrongSize(DigitsAdapter):
+    """Says latents that the model can't take."""
+
+    def latent_shape(self, latent: Any, batch: int) -> tuple[int, ...]:
+        return batch, 1, 7, 5, 3
 
 
 class ReadsValues(DigitsTransformer):
@@ -177,6 +189,10 @@ def wrong_grid() -> tuple[nn.Module, DigitsAdapter]:
     return DigitsTransformer(SMALL), WrongGrid(SMALL)
 
 
+def wrong_size() -> tuple[nn.Module, DigitsAdapter]:
+    return DigitsTransformer(SMALL), WrongSize(SMALL)
+
+
 def reads_values() -> tuple[nn.Module, DigitsAdapter]:
     return ReadsValues(SMALL), DigitsAdapter(SMALL)
 
@@ -198,6 +214,11 @@ def test_a_factory(tmp_path: Path) -> None:
 def test_a_grid_that_does_not_multiply_to_the_tokens(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no attention over the 729 tokens.*\(256, 256\)"):
         dry_run(digits("wrong_grid", tmp_path), rate=1e9)
+
+
+def test_a_size_that_the_model_cannot_take_is_no_model_that_reads_values(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"a forward pass of the model fails: .*\(WrongSize\)"):
+        dry_run(digits("wrong_size", tmp_path), rate=1e9)
 
 
 def test_models_that_read_values_are_counted_by_name(tmp_path: Path) -> None:

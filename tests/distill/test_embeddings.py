@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ import torch
 from torch import Tensor
 
 from blade_compile.distill import config as run_config
-from blade_compile.distill import embeddings, encoder
+from blade_compile.distill import embeddings, encoder, preflight
+from blade_compile.distill.adapters import load_adapter
 from blade_compile.distill.embeddings import Embeddings, ParquetEmbeddings, key_of, open_embeddings, prepare
 from blade_compile.distill.errors import ConfigError, DataError
+from blade_compile.distill.ranks import Ranks
 
 PROMPTS = [f"prompt number {i}" for i in range(11)]
 NEGATIVE = "ugly"
@@ -195,8 +198,10 @@ def test_a_full_disk_is_said_and_leaves_no_half_file(tmp_path: Path) -> None:
 # FastVideo's Parquet.
 
 
-def fastvideo_row(i: int, rows: int, shape: Sequence[int] | None = None, dtype: str = "float32") -> dict[str, Any]:
-    values = np.full((rows, 3), i + 0.5, dtype="float32" if dtype == "bfloat16" else dtype)
+def fastvideo_row(
+    i: int, rows: int, shape: Sequence[int] | None = None, dtype: str = "float32", width: int = 3
+) -> dict[str, Any]:
+    values = np.full((rows, width), i + 0.5, dtype="float32" if dtype == "bfloat16" else dtype)
     return {
         "id": str(i),
         "caption": f"caption {i}",
@@ -349,10 +354,69 @@ def test_prepare_of_a_run_by_the_pipelines_own_encoder(wan: Path) -> None:
         encoder.prepare_run(run_of(wan, "data.max_sequence_length=12"))
 
 
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def opened(config: run_config.RunConfig) -> Embeddings | ParquetEmbeddings:
+    return preflight.open_prompts(config, load_adapter(config.model), ALONE)
+
+
+@pytest.mark.parametrize("length", [16, None])
+def test_fastvideos_parquet_with_the_negative_prompt_of_the_run(
+    wan: Path, length: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = wan.parent / "fastvideo/one.parquet"
+    write_table(table, [fastvideo_row(0, 4, width=20)], monkeypatch)
+    own = ["data.prompts=null", f"data.embeddings={table.parent}"]
+    config = run_of(wan, *own, f"data.max_sequence_length={'null' if length is None else length}")
+    read = opened(config)
+    assert read[0]["prompt_embeds"].shape == read.negative()["prompt_embeds"][0].shape == (length or 512, 20)
+    assert encoder.prepare_run(config) == 0  # there already
+    pipeline = encoder.text_pipeline(config)
+    with torch.no_grad():
+        wanted, _ = pipeline.encode_prompt(
+            ["ugly"], max_sequence_length=length or 512, do_classifier_free_guidance=False
+        )
+    torch.testing.assert_close(read.negative()["prompt_embeds"], wanted)
+    assert [path.name for path in table.parent.iterdir()] == ["one.parquet"]  # nothing is written beside the user's
+    for file in (wan / "text_encoder").iterdir():
+        file.unlink()
+    other = run_of(wan, *own, "name=other")
+    with pytest.raises(ConfigError, match=r"can't be encoded for it: .*; or set method.cfg_scale=1"):
+        opened(other)
+    assert len(opened(run_of(wan, *own, "name=other", "method.cfg_scale=1"))) == 1
+
+
+def test_embeddings_that_do_not_fit_the_model(wan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = wan.parent / "one.parquet"
+    write_table(table, [fastvideo_row(0, 4)], monkeypatch)
+    config = run_of(wan, "data.prompts=null", f"data.embeddings={table}", "method.cfg_scale=1")
+    with pytest.raises(DataError, match="prompt_embeds is 3 wide and the model takes 20"):
+        opened(config)
+    pooled = import_module("blade_compile.distill.adapter_sd3").ADAPTER({"joint_attention_dim": 3}, {})
+    with pytest.raises(DataError, match="has no pooled_prompt_embeds, which sd3 models take; it has prompt_embeds"):
+        preflight.open_prompts(config, pooled, ALONE)
+
+
+def test_ready_embeddings_are_compared_with_the_encoder(wan: Path) -> None:
+    config = run_of(wan)
+    encoder.prepare_run(config)
+    ready = ["data.prompts=null", f"data.embeddings={config.embeddings}"]
+    assert len(opened(run_of(wan, *ready))) == 2
+    for other in ("data.max_sequence_length=12", "model.dtype=bfloat16"):
+        with pytest.raises(ConfigError, match="was made by another text encoder"):
+            opened(run_of(wan, *ready, other))
+    own = wan.parent / "own"  # made elsewhere, by another name
+    vectors = torch.ones(1, 16, 20)
+    prepare(own, ["a cat"], "ugly", lambda texts: {"prompt_embeds": vectors.repeat(len(texts), 1, 1)}, "mine")
+    assert len(opened(run_of(wan, "data.prompts=null", f"data.embeddings={own}"))) == 1
+
+
 def test_another_text_encoder_has_another_fingerprint(wan: Path) -> None:
     before = encoder.fingerprint(run_of(wan), "wan")
     (wan / "transformer/config.json").write_text("{}")
     assert encoder.fingerprint(run_of(wan), "wan") == before  # it doesn't depend on the transformer
+    assert encoder.fingerprint(run_of(wan), "pixart") != encoder.fingerprint(run_of(wan), "ltx") != before
     file = wan / "text_encoder/config.json"
     file.write_text(file.read_text().replace('"d_ff": 16', '"d_ff": 17'))
     assert encoder.fingerprint(run_of(wan), "wan") != before

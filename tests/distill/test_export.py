@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from blade_compile.distill.errors import ConfigError
-from blade_compile.distill.export import adapter_of, export, gather, merged, read_record
+from blade_compile.distill.export import adapter_of, export, gather, merged, read_record, record_of
 from blade_compile.distill.grids import Grid, flow_grid, vp_grid
-from blade_compile.distill.model_card import loading_code
+from blade_compile.distill.model_card import loading_code, model_card
 from blade_compile.distill.objective import step_to
-from blade_compile.distill.pipelines import PIPELINES
+from blade_compile.distill.pipelines import PIPELINES, pipeline_family
 from blade_compile.distill.samplers import pipeline_sigmas
 from blade_compile.distill.schedules import FlowSchedule, VPSchedule, schedule_of, to_x0_eps
 from blade_compile.kernels import observe
@@ -152,6 +152,27 @@ def test_what_blade_json_says(tmp_path: Path) -> None:
     assert not (folder / "model_index.json").exists()
     text = " ".join(path.read_text() for path in folder.rglob("*.json"))
     assert str(tmp_path) not in text
+
+
+def test_what_the_sampling_needs_of_the_training_is_written() -> None:
+    config = {
+        **CONFIG,
+        "model": {"path": "some/sigma", "revision": "v2", "weights": "teacher.safetensors", "dtype": "float32"},
+        "data": {"negative_prompt": "ugly", "max_sequence_length": 200},
+        "method": {**CONFIG["method"], "eta": 0.0},
+    }
+    family = pipeline_family("pixart", "PixArtSigmaPipeline")
+    schedule = schedule_of(SCHEDULERS["pixart"])
+    given: dict[str, Any] = {"weights": "merged", "scheduler": "LCMScheduler", "pipeline": family.pipeline}
+    record = record_of("pixart", _grid("pixart"), schedule, config, **given)
+    assert record["base_weights"] == "teacher.safetensors" and record["negative_prompt"] == "ugly"
+    assert record["max_sequence_length"] == 200 and record["pipeline"] == "PixArtSigmaPipeline"
+    card = model_card(record, family)
+    assert "PixArtSigmaPipeline.from_pretrained(base, revision='v2', transformer" in card
+    assert "max_sequence_length=200" in card and "fresh at every step (eta 0)" in card
+    plain = record_of("pixart", _grid("pixart"), schedule, CONFIG, weights="merged", scheduler="DDIMScheduler")
+    assert plain["negative_prompt"] == "" and plain["max_sequence_length"] is plain["base_weights"] is None
+    assert "revision" not in model_card(plain, PIPELINES["pixart"]) and "mixed in" in model_card(plain, None)
 
 
 def test_full_weights_and_an_average(tmp_path: Path) -> None:

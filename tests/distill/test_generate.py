@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from PIL import Image
 from blade_compile.distill import clips, generate
 from blade_compile.distill.errors import ConfigError, DataError
 from blade_compile.distill.export import export
-from blade_compile.distill.generate import LoadedModel, load_student, load_teacher
-from blade_compile.distill.grids import vp_grid
-from blade_compile.distill.pipelines import PIPELINES, call_arguments
-from blade_compile.distill.schedules import VPSchedule, schedule_of
+from blade_compile.distill.generate import LoadedModel, Sample, load_student, load_teacher
+from blade_compile.distill.grids import flow_grid, vp_grid
+from blade_compile.distill.pipelines import PIPELINES, call_arguments, pipeline_family
+from blade_compile.distill.prompts import Prompt
+from blade_compile.distill.samplers import student_scheduler
+from blade_compile.distill.schedules import FlowSchedule, VPSchedule, schedule_of
 from blade_compile.kernels import observe
 from tests.distill.tiny_families import SCHEDULERS, pipeline, transformer, with_adapter
 
@@ -103,6 +106,96 @@ def test_teacher_has_its_own_steps_and_guidance(student: Path, dense: LoadedMode
     )
 
 
+def test_the_teacher_is_the_one_of_the_training(student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own weights, the negative prompt, the revision and the length of text come from blade.json."""
+    from safetensors.torch import save_file
+
+    folder, asked = shutil.copytree(student, tmp_path / "export"), []
+    other = {name: 0.5 * tensor for name, tensor in transformer("dit").state_dict().items()}
+    save_file(other, tmp_path / "other.safetensors")
+    record = json.loads((folder / "blade.json").read_text())
+    changed = {"base_revision": "v2", "base_weights": str(tmp_path / "other.safetensors"), "negative_prompt": "ugly"}
+    (folder / "blade.json").write_text(json.dumps({**record, **changed, "max_sequence_length": 77}))
+    load = generate._load_pipeline
+    monkeypatch.setattr(generate, "_load_pipeline", lambda *args, **given: asked.append(given) or load(*args, **given))
+    teacher, base = load_teacher(folder, compiled=False), record["base_model"]
+    assert teacher.negative_prompt == "ugly" and teacher.max_sequence_length == 77
+    assert all(torch.equal(tensor, other[name]) for name, tensor in teacher.pipe.transformer.state_dict().items())
+    plain = load_teacher(folder, base=base, negative_prompt="", compiled=False)  # a whole teacher by itself
+    assert plain.negative_prompt == "" and not torch.equal(
+        plain.pipe.transformer.pos_embed.proj.weight, other["pos_embed.proj.weight"]
+    )
+    assert load_student(folder, sparse=False, compiled=False).max_sequence_length == 77
+    assert [given["revision"] for given in asked] == ["v2", None, "v2"]
+    for key in (*changed, "max_sequence_length", "pipeline"):  # exports of earlier versions have none of them
+        record.pop(key)
+    (folder / "blade.json").write_text(json.dumps(record))
+    assert load_teacher(folder, compiled=False).negative_prompt == ""
+    (folder / "blade.json").write_text(json.dumps({**record, "base_weights": "gone.safetensors"}))
+    with pytest.raises(ConfigError, match=r"gone\.safetensors can't be read.*--base"):
+        load_teacher(folder, compiled=False)
+
+
+def test_fresh_noise_at_each_step_is_drawn_from_the_samples_seed() -> None:
+    """Most pipelines hand their generator to no step."""
+    schedule = FlowSchedule(shift=3.0)
+    scheduler = student_scheduler("wan", flow_grid(schedule, 4), schedule, eta=0.0)
+    assert scheduler.config.stochastic_sampling
+
+    def drawn(seed: int) -> torch.Tensor:
+        scheduler.set_timesteps(4)
+        x = torch.ones(1, 3, 5)
+        with generate._LastStep(scheduler, torch.Generator().manual_seed(seed)):
+            for t in scheduler.timesteps[:2]:
+                x = scheduler.step(torch.ones_like(x), t, x, return_dict=False)[0]
+        return x
+
+    first = drawn(7)
+    torch.manual_seed(1)
+    assert torch.equal(first, drawn(7)) and not torch.equal(first, drawn(8))
+
+
+def test_another_k_keeps_the_horizon(tmp_path: Path) -> None:
+    schedule = FlowSchedule(shift=3.0, horizon=100.0)
+    grids = {k: flow_grid(schedule, k) for k in (2, 4)}
+    student_scheduler("wan", grids[4], schedule).save_pretrained(tmp_path / "scheduler")
+    two = {"timesteps": grids[2].times, "alphas": grids[2].alphas, "sigmas": grids[2].sigmas}
+    record = {"family": "wan", "steps": 4, "shift": 3.0, "eta": 1.0, "step_choices": {"2": two}}
+    scheduler = generate._scheduler_for(tmp_path, record, 2)
+    scheduler.set_timesteps(2)
+    assert scheduler.timesteps.tolist() == pytest.approx([100, 75])
+
+
+class _Known(LoadedModel):
+    """Draws nothing and notes what it is asked for."""
+
+    def __call__(self, prompt: str, seed: int, size: Any = None) -> Sample:
+        self.pipe.append((prompt, seed, size))
+        return Sample(torch.zeros(1, 8, 8, 3, dtype=torch.uint8), torch.zeros(1), 0.1)
+
+
+def test_seeds_and_sizes_of_a_prompt_file(tmp_path: Path) -> None:
+    asked: list[Any] = []
+    size = {"height": 64, "width": 96, "num_frames": 9}
+    model = _Known(asked, PIPELINES["wan"], 4, size=size, identity="known")
+    prompts = [
+        Prompt("a cat"), Prompt("a cat", seed=7), Prompt("a cat", seed=7, width=128), Prompt("a dog", height=64),
+    ]  # fmt: skip
+    made = generate.generate(model, prompts, tmp_path, seeds=(2, 3), suffix=".gif")
+    names = ["a-cat-2", "a-cat-3", "a-cat-7", "a-cat-8", "a-cat-64x128x9-7", "a-cat-64x128x9-8", "a-dog-2", "a-dog-3"]
+    assert [one.file for one in made] == [f"{name}.gif" for name in names]
+    assert [seed for _, seed, _ in asked] == [2, 3, 7, 8, 7, 8, 2, 3]
+    assert [given for _, _, given in asked] == 4 * [None] + 2 * [{"width": 128}] + 2 * [{"height": 64}]
+    generate.generate(model, prompts, tmp_path, seeds=(2, 3), suffix=".gif")
+    assert len(asked) == 8  # all is there
+    for family, wrong in (("dit", Prompt("3", height=32)), ("sd3", Prompt("a", num_frames=9))):
+        still = _Known(asked, PIPELINES[family], 4, size={**size, "num_frames": 1})
+        assert still.unfit(Prompt("3", height=64, num_frames=1)) is None
+        with pytest.raises(DataError, match=r"this model makes \d+; remove it from the file"):
+            generate.generate(still, ["3", wrong], tmp_path / family)
+    assert len(asked) == 8
+
+
 def test_files_and_manifest(dense: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = generate.generate(dense, ["3", "4"], tmp_path, seeds=(0, 5))
     assert [w.file for w in made] == ["3-0.png", "3-5.png", "4-0.png", "4-5.png"]
@@ -174,6 +267,10 @@ def test_arguments_of_each_family() -> None:
         )  # fmt: skip
         assert guided["guidance_scale"] == (2.0 if family.embedded_guidance else 5.0)
         assert guided.get("negative_prompt") == (None if name == "dit" else "bad")
+        long = call_arguments(family, None, "3", steps=4, cfg_scale=5.0, seed=1, size=size, max_sequence_length=64)
+        assert long.get("max_sequence_length") == (None if name == "dit" else 64)
+        assert long.get("negative_prompt") == (None if name == "dit" else "")  # Flux guides only where it has one
+        assert "max_sequence_length" not in guided
     with pytest.raises(ConfigError, match="class is 'cat'"):
         call_arguments(PIPELINES["dit"], None, "cat", steps=4, cfg_scale=1.0, seed=1, size=size)
 
@@ -184,9 +281,13 @@ def test_the_arguments_are_the_pipelines_own() -> None:
     import diffusers
 
     size = {"height": 64, "width": 96, "num_frames": 9}
-    for family in PIPELINES.values():
+    sigma = pipeline_family("pixart", "PixArtSigmaPipeline")
+    assert sigma.pipeline == "PixArtSigmaPipeline" and pipeline_family("pixart", "Another").pipeline != "Another"
+    for family in (*PIPELINES.values(), sigma):
         known = inspect.signature(getattr(diffusers, family.pipeline).__call__).parameters
-        given = call_arguments(family, None, "3", steps=4, cfg_scale=5.0, seed=1, size=size, negative_prompt="bad")
+        given = call_arguments(
+            family, None, "3", steps=4, cfg_scale=5.0, seed=1, size=size, negative_prompt="bad", max_sequence_length=64
+        )  # fmt: skip
         assert set(given) <= set(known), family.name
         assert hasattr(diffusers, family.transformer)
         assert family.loads_lora == hasattr(getattr(diffusers, family.pipeline), "load_lora_weights"), family.name
@@ -199,6 +300,15 @@ def test_refusals(student: Path, tmp_path: Path, dense: LoadedModel) -> None:
         load_student(student, base=str(tmp_path / "nothing"))
     with pytest.raises(DataError, match="no prompts"):
         generate.generate(dense, [], tmp_path)
+
+    class Refuses:
+        scheduler = dense.pipe.scheduler
+
+        def __call__(self, **given: Any) -> None:
+            raise ValueError(f"`height` has to be divisible by 16 but is {given['height']}")
+
+    with pytest.raises(DataError, match=r"prompt 'a' at \{'height': 70\}.*divisible by 16 but is 70; change or remove"):
+        LoadedModel(Refuses(), PIPELINES["sd3"], 4, size=dense.size)("a", 0, {"height": 70})
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="can't write"):
         generate.generate(dense, ["3"], tmp_path / "file" / "below")

@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+from blade_compile.distill.adapters import _cast
 from blade_compile.distill.config_sections import LatentConfig
 from blade_compile.distill.errors import ConfigError
+from blade_compile.distill.role_modules import keep_in_fp32
 from blade_compile.distill.roles import TRAINED, Role, Roles
 from tests.distill import tiny_digits, tiny_families
 from tests.distill.tiny_digits import EAGER, eager, kept_graphs
@@ -339,8 +341,10 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path, changes: dict[str, An
 CLIPS = {"wan": (9, 64, 64), "cogvideox": (9, 64, 64), "flux": (1, 128, 128)}
 
 
-def family(name: str, folder: Path, **changes: Any) -> tuple[Roles, tuple[Tensor, Tensor, dict[str, Any]]]:
-    """Roles of a tiny model of diffusers, and inputs of a batch of two."""
+def family(
+    name: str, folder: Path, *, loaded: bool = False, **changes: Any
+) -> tuple[Roles, tuple[Tensor, Tensor, dict[str, Any]]]:
+    """Roles of a tiny model of diffusers, and inputs of a batch of two; ``loaded``: what diffusers keeps is fp32."""
     frames, height, width = CLIPS.get(name, (1, 128, 128))
     latent = {"num_frames": frames, "height": height, "width": width}
     guided = {"method__embedded_guidance": 3.5, "method__cfg_scale": 1.0} if name == "flux" else {}
@@ -349,7 +353,11 @@ def family(name: str, folder: Path, **changes: Any) -> tuple[Roles, tuple[Tensor
         tiny_families.CONFIGS[name][1], tiny_families.SCHEDULERS[name]
     )
     dtype = getattr(torch, config.model.dtype)
-    model = tiny_families.transformer(name).to(dtype).requires_grad_(False)
+    model = tiny_families.transformer(name).requires_grad_(False)
+    if loaded:
+        _cast(model, dtype)
+    else:
+        model.to(dtype)
     draw = torch.Generator().manual_seed(9)
     embeddings = adapter.example_embeddings(2, dtype)
     for key in embeddings.keys() & {"prompt_embeds", "prompt_attention_mask"}:
@@ -381,6 +389,35 @@ def test_mixed_precision_of_every_family(tmp_path: Path, name: str, lora: Any) -
     assert {p.dtype for p in roles.parameters("student").values()} == {torch.float32}
     assert sum(p.grad is not None and p.grad.isfinite().all() for p in roles.parameters("student").values())
     assert {p.dtype for p in roles.module("teacher").parameters() if not p.requires_grad} == {torch.bfloat16}
+
+
+@BOTH
+def test_wans_time_embedding_runs_in_fp32_in_every_role(tmp_path: Path, lora: Any) -> None:
+    low = {"model__dtype": "bfloat16", "parallel__mixed_precision": "bfloat16"}
+    roles, given = family("wan", tmp_path, loaded=True, lora=lora, **low, **EAGER)
+    for role in (*TRAINED, "teacher"):
+        embedder: Any = roles.module(role).get_submodule("condition_embedder")
+        layers, seen = (embedder.time_embedder.linear_1, embedder.time_embedder.linear_2, embedder.time_proj), []
+        hooks = [
+            layer.register_forward_hook(lambda _, args, out, seen=seen: seen.append(out.dtype)) for layer in layers
+        ]
+        with eager():
+            getattr(roles, role)(*given, **({} if role == "teacher" else {"steps": 2}))
+        assert seen == [torch.float32, torch.float32, torch.bfloat16], role
+        for hook in hooks:
+            hook.remove()
+
+
+def test_a_kept_layer_compiles_whole_with_adapters() -> None:
+    model: Any = tiny_families.transformer("wan")
+    _cast(model, torch.bfloat16)
+    tiny_families.with_adapter(model, target_modules=["linear_1"])
+    (kept,) = keep_in_fp32(model, CPU)
+    given = torch.tensor([500.0]), torch.randn(1, 8, 16).bfloat16()
+    compiled = torch.compile(model.condition_embedder, backend="eager", fullgraph=True)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(compiled(*given)[:3], model.condition_embedder(*given)[:3])
+        assert kept(torch.ones(1, 32)).dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", [pytest.param("wan", marks=pytest.mark.slow), "sd3"])

@@ -22,21 +22,26 @@ COGVIDEOX = {
 PIXART = {"_class_name": "DPMSolverMultistepScheduler", "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 
 
-def _run(scheduler: Any, family: str, steps: int, x: torch.Tensor, outputs: list[torch.Tensor]) -> torch.Tensor:
+def _run(
+    scheduler: Any, family: str, steps: int, x: torch.Tensor, outputs: list[torch.Tensor], **given: Any
+) -> torch.Tensor:
     """What the pipeline does with given model outputs."""
     scheduler = type(scheduler).from_config(dict(scheduler.config))
     sigmas = pipeline_sigmas(family, steps)
     scheduler.set_timesteps(steps) if sigmas is None else scheduler.set_timesteps(sigmas=sigmas)
     for t, output in zip(scheduler.timesteps, outputs, strict=True):
-        x = scheduler.step(output, t, x, return_dict=False)[0]
+        x = scheduler.step(output, t, x, return_dict=False, **given)[0]
     return x
 
 
-def _roll(grid: Grid, prediction: Any, x: torch.Tensor, outputs: list[torch.Tensor]) -> torch.Tensor:
+def _roll(
+    grid: Grid, prediction: Any, x: torch.Tensor, outputs: list[torch.Tensor], fresh: torch.Generator | None = None
+) -> torch.Tensor:
     alphas, sigmas = grid.levels()
     for i, output in enumerate(outputs):
         x0, eps = to_x0_eps(x, output, alphas[i], sigmas[i], prediction)
-        x = step_to(x0, eps, alphas[i + 1], sigmas[i + 1])
+        noise = None if fresh is None else torch.randn(x.shape, generator=fresh)
+        x = step_to(x0, eps, alphas[i + 1], sigmas[i + 1], 1.0 if fresh is None else 0.0, noise)
     return x
 
 
@@ -92,9 +97,27 @@ def test_vp_families(family: str, base: dict[str, Any], spacing: Any, steps: int
     torch.testing.assert_close(_run(scheduler, family, steps, x, outputs), want, rtol=2e-3, atol=2e-3)
 
 
-def test_all_fresh_noise_exports_the_sampler_that_renoises() -> None:
+@pytest.mark.parametrize(("family", "base"), [("wan", None), ("cogvideox", COGVIDEOX), ("pixart", PIXART)])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_all_fresh_noise_exports_the_sampler_that_renoises(family: str, base: Any, steps: int) -> None:
+    """Its steps are those of the training with eta 0, and so are those of another K, made of its configuration."""
+    torch.manual_seed(0)
+    schedule = FlowSchedule(shift=2.0) if base is None else schedule_of(base)
+    grid = flow_grid(schedule, steps) if isinstance(schedule, FlowSchedule) else vp_grid(schedule, steps)
+    other = flow_grid(schedule, 8) if isinstance(schedule, FlowSchedule) else vp_grid(schedule, 8)
+    scheduler = student_scheduler(family, other, schedule, base, eta=0.0)
+    if steps != 8:
+        again = {**scheduler.config, "_class_name": type(scheduler).__name__}
+        scheduler = student_scheduler(family, grid, schedule, again, eta=0.0)
+    x, outputs = torch.randn(2, 3, 5), list(torch.randn(steps, 2, 3, 5))
+    want = _roll(grid, schedule.prediction, x, outputs, torch.Generator().manual_seed(3))
+    made = _run(scheduler, family, steps, x, outputs, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(made, want, rtol=2e-3, atol=2e-3)
+    assert steps == 1 or not torch.allclose(made, _roll(grid, schedule.prediction, x, outputs), atol=0.1)
+
+
+def test_a_share_of_fresh_noise_exports_the_deterministic_sampler() -> None:
     schedule = FlowSchedule(shift=2.0)
-    assert student_scheduler("wan", flow_grid(schedule, 4), schedule, eta=0.0).config.stochastic_sampling
     assert not student_scheduler("wan", flow_grid(schedule, 4), schedule, eta=0.9).config.stochastic_sampling
 
 

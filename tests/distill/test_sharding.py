@@ -9,9 +9,10 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from blade_compile.distill.export import gather
 from blade_compile.distill.optimizers import Optimizer
+from blade_compile.distill.role_modules import keep_in_fp32, sharded_parts
 from blade_compile.distill.roles import TRAINED, Role, Roles
-from blade_compile.distill.sharding import whole
-from tests.distill import tiny_digits
+from blade_compile.distill.sharding import shard, whole
+from tests.distill import tiny_digits, tiny_families
 from tests.distill.tiny_digits import eager
 
 CASES: dict[str, dict[str, Any]] = {
@@ -172,6 +175,51 @@ def test_two_ranks_are_one(tmp_path: Path, case: str) -> None:
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=2e-5, atol=2e-6, msg=lambda text, n=name: f"{n}: {text}")
     assert any(not torch.equal(one["own"], one[other]) for other in ("averaged", "student0"))
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """This process as the only rank."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        yield dist.init_device_mesh("cpu", (1,))
+    finally:
+        dist.destroy_process_group()
+
+
+def sharded(family: str, mesh: DeviceMesh, dtype: torch.dtype | None = None) -> nn.Module:
+    """A family's transformer as a run shards it."""
+    model = tiny_families.transformer(family)
+    kept = keep_in_fp32(model, torch.device("cpu"))
+    kind: Any = import_module(f"blade_compile.distill.adapter_{family}").ADAPTER
+    shard(model, sharded_parts(model, kind), mesh, dtype, kept)
+    return model
+
+
+@pytest.mark.parametrize("family", ["dit", "wan"])
+def test_a_sharded_transformer_is_the_plain_one(family: str, mesh: DeviceMesh) -> None:
+    """DiT's output layer reads its first block's time embedding after the blocks are sharded again."""
+    plain, model = tiny_families.transformer(family), sharded(family, mesh)
+    outs = [module(**tiny_families.inputs(family), return_dict=False)[0] for module in (plain, model)]
+    torch.testing.assert_close(outs[1], outs[0])
+    for out in outs:
+        out.square().mean().backward()
+    gradients = dict(plain.named_parameters())
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(whole(parameter.grad), gradients[name].grad, msg=name)
+
+
+def test_kept_layers_are_gathered_in_fp32(mesh: DeviceMesh) -> None:
+    model: Any = sharded("wan", mesh, torch.bfloat16)
+    embedder, seen = model.condition_embedder.time_embedder, []
+    for layer in (embedder.linear_1, model.condition_embedder.time_proj):
+        layer.register_forward_hook(lambda one, args, out: seen.append((one.weight.dtype, args[0].dtype, out.dtype)))
+    given = {name: t.bfloat16() if name != "timestep" else t for name, t in tiny_families.inputs("wan").items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**given, return_dict=False)[0].float().mean().backward()
+    assert seen == [(torch.float32,) * 3, (torch.bfloat16,) * 3]
+    assert embedder.linear_1.weight.grad is not None
 
 
 if __name__ == "__main__":

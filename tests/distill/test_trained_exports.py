@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from blade_compile.distill import embeddings
 from blade_compile.distill.adapters import Adapter, load_adapter
 from blade_compile.distill.config import RunConfig, resolve
 from blade_compile.distill.export import read_record
+from blade_compile.distill.pipelines import PIPELINES
 from blade_compile.distill.trainer import export_run, train
 from tests.distill import tiny_digits
 from tests.distill.tiny_families import pipeline, run, stock, transformer
@@ -51,7 +53,10 @@ def _embed(adapter: Adapter, folder: Path) -> None:
 
 def _config(family: str, root: Path, **changes: Any) -> RunConfig:
     """A run of two steps from a model folder of the family."""
-    pipeline(family, transformer(family)).save_pretrained(root / "model")
+    pipe = pipeline(family, transformer(family))
+    if family == "pixart":  # PixArt-sigma has the same parts, and another length of text
+        pipe = diffusers.PixArtSigmaPipeline(**pipe.components)
+    pipe.save_pretrained(root / "model")
     quick = {"lora": {"rank": 4, "alpha": 8.0}, "loop__max_steps": 2, "optimizer__student": {"learning_rate": 0.05}}
     given = tiny_digits.settings(root, **quick, **changes)
     given["model"] = {"path": str(root / "model"), "dtype": "float32"}
@@ -68,6 +73,7 @@ def _check(family: str, root: Path) -> None:
     """The export is of its kind, not the teacher, and equal to the merged weights of the same checkpoint."""
     export = root / "run" / "export"
     assert read_record(export)["weights"] == ("lora" if family in ADAPTERS else "merged")
+    assert read_record(export)["pipeline"] == {"pixart": "PixArtSigmaPipeline"}.get(family, PIPELINES[family].pipeline)
     made = run(stock(family, export).transformer, family)
     assert not torch.allclose(made, run(transformer(family), family), rtol=1e-2, atol=1e-3)
     merged = export_run(root / "run", out=root / "merged", merge=True)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,14 +17,17 @@ from safetensors.torch import load_file, save_file
 from blade_compile.distill import cli, trainer
 from blade_compile.distill.checkpoints import choose, read_record
 from blade_compile.distill.config import load
+from blade_compile.distill.digits_model import NULL_CLASS
 from blade_compile.distill.divergence import Divergence
 from blade_compile.distill.errors import ConfigError, DataError, DivergedError
+from blade_compile.distill.evaluate import evaluate_student
 from blade_compile.distill.export import read_record as read_export
-from blade_compile.distill.generate import generate_from_export, load_student
-from blade_compile.distill.matching import Matching
+from blade_compile.distill.generate import generate_from_export, load_student, load_teacher
+from blade_compile.distill.matching import Draws, Matching
+from blade_compile.distill.preview import Preview
 from blade_compile.distill.trainer import export_run, train
 from tests.distill import tiny_digits
-from tests.distill.tiny_digits import EAGER, config, losses, metrics
+from tests.distill.tiny_digits import EAGER, build, config, losses, metrics
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +177,46 @@ def test_accumulation_is_a_larger_batch(tmp_path: Path) -> None:
     train(config(tmp_path / "two", **EAGER, loop__batch_size=2, loop__grad_accumulation=2))
     for one, two in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
         assert two == pytest.approx(one, rel=1e-3)
+
+
+def test_a_student_of_fresh_noise_draws_it_from_its_seed(finished: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished / "run" / "export", tmp_path / "export")
+    record = json.loads((folder / "blade.json").read_text())
+    (folder / "blade.json").write_text(json.dumps({**record, "eta": 0.0}))
+    given: dict[str, Any] = {"sparse": False, "compiled": False, "device": "cpu", "trust_code": True}
+    fresh, plain = load_student(folder, **given), load_student(finished / "run" / "export", **given)
+    a, b, other = fresh("3", 5).latents, fresh("3", 5).latents, fresh("3", 6).latents
+    assert torch.equal(a, b) and not torch.equal(a, other) and not torch.equal(a, plain("3", 5).latents)
+
+
+def test_previews_draw_fresh_noise_where_the_exported_sampler_does() -> None:
+    preview, asked = object.__new__(Preview), []
+    preview._draws, preview._start, preview._condition = Draws(0, 0, (0,)), torch.zeros(1, 2), {}
+    for eta in (0.0, 0.9, 1.0):
+        stand_in = SimpleNamespace(
+            method=SimpleNamespace(eta=eta), roll_out=lambda *given: asked.append(given[2]) or SimpleNamespace(end=None)
+        )
+        preview.make(stand_in)  # type: ignore[arg-type]
+    assert asked == [preview._draws, None, None]
+
+
+@pytest.mark.usefixtures("eager")
+def test_a_factorys_student_against_its_teacher(finished: Path, tmp_path: Path) -> None:
+    """The teacher is the factory's own model with the guidance of the training."""
+    export = finished / "run" / "export"
+    with pytest.raises(ConfigError, match="--trust-code"):
+        evaluate_student(export, ["3"], [0], tmp_path / "untrusted")
+    given: dict[str, Any] = {"compiled": False, "device": "cpu", "trust_code": True}
+    result = evaluate_student(export, ["3"], [0], tmp_path / "eval", teacher_steps=3, **given)
+    assert [model.name for model in result.models][2] == "teacher, 3 steps"
+    teacher = load_teacher(export, steps=3, **given)
+    assert teacher.cfg_scale == 2.0
+    x, model = torch.randn(1, 1, 4, 16, 16, generator=torch.Generator().manual_seed(5)), build()[0]
+    with torch.no_grad():
+        for now, then in ((1.0, 2 / 3), (2 / 3, 1 / 3), (1 / 3, 0.0)):
+            velocity, without = (model(x, torch.tensor([now]), torch.tensor([label])) for label in (3, NULL_CLASS))
+            x = x + (then - now) * (without + 2 * (velocity - without))
+    torch.testing.assert_close(teacher("3", 5).latents, x[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("eager")

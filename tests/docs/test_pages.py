@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import tables
 from tests.docs.stand_ins import ROOT
 
 DOCS = ROOT / "docs"
@@ -71,17 +72,25 @@ def test_tables_are_current() -> None:
 
 
 def test_every_place_is_filled() -> None:
-    tables = runpy.run_path(str(DOCS / "generate.py"))
-    places = [match[2] for page in DOCS.glob("*.md") for match in tables["PLACE"].finditer(page.read_text())]
-    assert sorted(places) == sorted(tables["TABLES"])
+    made = runpy.run_path(str(DOCS / "generate.py"))
+    places = [match[2] for page in DOCS.glob("*.md") for match in made["PLACE"].finditer(page.read_text())]
+    assert sorted(places) == sorted(made["TABLES"])
 
 
 def test_a_page_behind_its_results_is_found() -> None:
-    tables = runpy.run_path(str(DOCS / "generate.py"))
+    made = runpy.run_path(str(DOCS / "generate.py"))
     text = "before\n<!-- generated: calibration -->\n| an old table |\n<!-- end -->\nafter"
-    new = tables["filled"](text)
+    new = made["filled"](text)
     assert new.startswith("before\n") and new.endswith("\nafter") and "an old table" not in new
-    assert tables["filled"](new) == new
+    assert made["filled"](new) == new
+
+
+def test_a_run_of_an_earlier_source_is_said() -> None:
+    made = runpy.run_path(str(DOCS / "generate.py"))
+    now = {"sources": ["Makefile"], "fingerprint": tables.fingerprint(["Makefile"])}
+    assert [made["_outdated"]({**now, **other}) for other in ({}, {"fingerprint": "0"})] == [False, True]
+    behind = made["_outdated"](made["load"]("conformance"))
+    assert ("a run of an earlier source" in (DOCS / "compatibility.md").read_text()) == behind
 
 
 def test_the_picture_is_of_this_pass() -> None:
