@@ -85,7 +85,8 @@ def test_protocols_are_of_published_shapes_and_sparsities() -> None:
 
 
 @pytest.mark.usefixtures("no_inductor")
-@pytest.mark.parametrize("name", ["wan2.1-1.3b", pytest.param("cogvideox-5b", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["wan2.1-1.3b", "cogvideox-5b"])
 def test_steps_of_every_arm_are_measured(name: str) -> None:
     (case,) = headline.cases(name, PLAN, tiny(name))
     rows = run_case("headline", case, PLAN, rounds=3, budget=0.0)
