@@ -235,7 +235,7 @@ def sparse_arm(
     certified_by: str,
     after: Callable[[], dict[str, Any]] = dict,
 ) -> Arm:
-    """An arm of blade. It fails unless blade's operators ran, and left blocks out where a sparsity is asked for."""
+    """An arm of blade. It fails unless blade's operators ran, and left blocks out where the options ask for it."""
     found: dict[str, float] = {}
 
     def checked(out: Any) -> float | None:
@@ -250,7 +250,8 @@ def sparse_for_sure(found: dict[str, float], options: Options) -> dict[str, floa
     """What `split.kept` has found, unless that is not what the options ask for."""
     if not found:
         raise RuntimeError("no attention ran through blade's operators, so this would time dense attention")
-    if found["density"] >= 1 and BladeConfig.of(options).sparsity:
+    config = BladeConfig.of(options)
+    if found["density"] >= 1 and (config.budget or config.max_keep < 1):
         raise RuntimeError(f"every block was kept, though the options are {options}")
     return found
 

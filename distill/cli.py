@@ -259,11 +259,6 @@ def _read_prompts(path: Path) -> list[Any]:
     return list(read_prompts(path))
 
 
-def _ranks() -> tuple[int, int]:
-    """This process's rank and the number of processes, as torchrun says; unlaunched 0 of 1."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def _finish(code: int) -> None:
     """End with a command's own exit code."""
     if code:
@@ -302,7 +297,7 @@ def _show_dry_run(config: RunConfig) -> None:
 
     from blade_compile.distill.dry_run import dry_run
 
-    report = dry_run(config, world=_ranks()[1])
+    report = dry_run(config, world=int(os.environ.get("WORLD_SIZE", "1")))
     table = Table(title=f"{config.name}: dry run, nothing was started", show_header=False)
     for row in report.rows():
         table.add_row(*row)

@@ -343,11 +343,6 @@ def _parquet_row(file: Path, i: int, row: Mapping[str, Any]) -> tuple[str, Tenso
     return str(row.get("caption") or ""), tensor
 
 
-def open_embeddings(path: str | Path) -> Embeddings | ParquetEmbeddings:
-    """Ours, or FastVideo's Parquet. Raises ``DataError`` where there is neither."""
-    return ParquetEmbeddings(path) if is_parquet(path) else Embeddings(path)
-
-
 def is_parquet(path: str | Path) -> bool:
     """Whether these are FastVideo's: a file, or a folder of them that holds none of ours."""
     root = Path(path)

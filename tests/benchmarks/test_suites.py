@@ -150,6 +150,8 @@ def test_an_arm_that_runs_dense_is_not_timed_as_sparse() -> None:
     assert "seconds" not in said[0]
     with pytest.raises(RuntimeError, match="every block was kept"):
         suite_models.sparse_for_sure({"density": 1.0}, {"sparsity": 0.5})
+    with pytest.raises(RuntimeError, match="every block was kept"):
+        suite_models.sparse_for_sure({"density": 1.0}, {"preset": "wan2.1-1.3b"})
     assert suite_models.sparse_for_sure({"density": 1.0}, {"tau": 0.95})  # all that a threshold may leave
     with pytest.raises(RuntimeError, match="blade's operators"):
         suite_models.sparse_for_sure({}, {})

@@ -20,7 +20,7 @@ from torch import Tensor
 from blade_compile.distill import config as run_config
 from blade_compile.distill import embeddings, encoder, preflight
 from blade_compile.distill.adapters import load_adapter
-from blade_compile.distill.embeddings import Embeddings, ParquetEmbeddings, key_of, open_embeddings, prepare
+from blade_compile.distill.embeddings import Embeddings, ParquetEmbeddings, is_parquet, key_of, prepare
 from blade_compile.distill.errors import ConfigError, DataError
 from blade_compile.distill.ranks import Ranks
 
@@ -174,7 +174,7 @@ def test_a_damaged_index(tmp_path: Path, content: str) -> None:
 
 def test_a_folder_with_nothing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no embeddings; run `blade-distill prepare`"):
-        open_embeddings(tmp_path / "none")
+        Embeddings(tmp_path / "none")
 
 
 def test_a_full_disk_is_said_and_leaves_no_half_file(tmp_path: Path) -> None:
@@ -247,8 +247,8 @@ def write_table(path: Path, rows: list[dict[str, Any]], monkeypatch: pytest.Monk
 def test_fastvideos_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_table(tmp_path / "a/one.parquet", [fastvideo_row(0, 4), fastvideo_row(1, 2, (1, 2, 3))], monkeypatch)
     write_table(tmp_path / "b/two.parquet", [fastvideo_row(2, 5, dtype="float16")], monkeypatch)
-    read = open_embeddings(tmp_path)
-    assert isinstance(read, ParquetEmbeddings) and len(read) == 3
+    read = ParquetEmbeddings(tmp_path)
+    assert is_parquet(tmp_path) and len(read) == 3
     assert [read.text(i) for i in range(3)] == ["caption 0", "caption 1", "caption 2"]
     got = read.batch([1, 0])["prompt_embeds"]
     wanted = torch.zeros(2, 512, 3)
@@ -339,7 +339,7 @@ def run_of(folder: Path, *overrides: str) -> run_config.RunConfig:
 def test_prepare_of_a_run_by_the_pipelines_own_encoder(wan: Path) -> None:
     config = run_of(wan)
     assert encoder.prepare_run(config) == 3
-    read = open_embeddings(config.embeddings)
+    read = Embeddings(config.embeddings)
     pipeline = encoder.text_pipeline(config)
     assert pipeline.transformer is None and pipeline.vae is None  # neither has weights here
     with torch.no_grad():
@@ -437,5 +437,5 @@ def test_a_factory_encodes_by_its_adapter(tmp_path: Path) -> None:
     ]
     config = run_config.load("digits", source)
     assert encoder.prepare_run(config) == 11
-    read = open_embeddings(config.embeddings)
+    read = Embeddings(config.embeddings)
     assert read.batch([3, 9])["label"].tolist() == [3, 9] and read.negative()["label"].tolist() == [10]
