@@ -1,8 +1,9 @@
 """The transformers that the measurements run: real classes of diffusers with random weights, in published sizes and in
 sizes that a CPU can step through in seconds.
 
-A scaled size keeps the head dimension, the joint text and the share of attention in the work; layers, heads and tokens
-are fewer. Every report says which one ran.
+A scaled size keeps the head dimension, the text's share of the tokens, and attention's share of the FLOPs to within two
+points, which is what a step can gain from sparse attention; layers, heads and tokens are fewer. Every report says which
+one ran.
 """
 
 from __future__ import annotations
@@ -188,7 +189,7 @@ MODELS = {
             "WanTransformer3DModel",
             {**wan.COMMON, "attention_head_dim": 128},
             Size(_heads(30, 12, ffn_dim=8960), (21, 60, 104), 512),
-            Size(_heads(2, 4, ffn_dim=2992), (6, 60, 64), 512),
+            Size(_heads(2, 3, ffn_dim=2240), (21, 30, 52), 128),
             _patched,
             _wan_inputs,
         ),
@@ -197,7 +198,7 @@ MODELS = {
             "WanTransformer3DModel",
             {**wan.COMMON, "attention_head_dim": 128},
             Size(_heads(40, 40, ffn_dim=13824), (21, 90, 160), 512),
-            Size(_heads(1, 8, ffn_dim=2768), (6, 60, 64), 512),
+            Size(_heads(1, 6, ffn_dim=2080), (21, 36, 60), 76),
             _patched,
             _wan_inputs,
         ),
@@ -206,7 +207,7 @@ MODELS = {
             "CogVideoXTransformer3DModel",
             {"attention_head_dim": 64, "text_embed_dim": 4096, "use_rotary_positional_embeddings": True},
             Size(_heads(42, 48), (13, 60, 90), 226),
-            Size(_heads(2, 8), (8, 40, 60), 226),
+            Size(_heads(2, 12), (13, 36, 36), 56),
             _patched_and_text,
             _cogvideox_inputs,
         ),
@@ -215,7 +216,7 @@ MODELS = {
             "HunyuanVideoTransformer3DModel",
             {"attention_head_dim": 128, "guidance_embeds": True},
             Size({"num_layers": 20, "num_single_layers": 40, "num_attention_heads": 24}, (33, 90, 160), 256),
-            Size({"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 4}, (6, 60, 60), 128),
+            Size({"num_layers": 1, "num_single_layers": 2, "num_attention_heads": 3}, (33, 30, 60), 32),
             _patched_and_text,
             _hunyuan_video_inputs,
             visible=lambda size: _patched(size) + _half_the_text(size),
@@ -225,7 +226,7 @@ MODELS = {
             "FluxTransformer2DModel",
             {"attention_head_dim": 128, "guidance_embeds": True},
             Size({"num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24}, (1, 64, 64), 512),
-            Size({"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 4}, (1, 64, 64), 512),
+            Size({"num_layers": 1, "num_single_layers": 2, "num_attention_heads": 12}, (1, 32, 64), 256),
             _packed_and_text,
             _flux_inputs,
         ),
@@ -238,7 +239,7 @@ MODELS = {
                 "qk_norm": "rms_norm",
             },
             Size(_heads(24, 24, caption_projection_dim=1536, dual_attention_layers=(*range(13),)), (1, 128, 128), 333),
-            Size(_heads(2, 8, caption_projection_dim=512, dual_attention_layers=(0,)), (1, 128, 128), 333),
+            Size(_heads(2, 16, caption_projection_dim=1024, dual_attention_layers=(0,)), (1, 104, 104), 222),
             _patched_and_text,
             _sd3_inputs,
         ),
@@ -250,7 +251,7 @@ MODELS = {
                 "caption_channels": 4096, "use_additional_conditions": False,
             },
             Size(_heads(28, 16, cross_attention_dim=1152), (1, 128, 128), 120),
-            Size(_heads(2, 8, cross_attention_dim=576), (1, 128, 128), 120),
+            Size(_heads(2, 16, cross_attention_dim=1152), (1, 128, 128), 120),
             _patched,
             _pixart_inputs,
         ),

@@ -20,6 +20,7 @@ import blade_compile
 from benchmarks import peers, sdpa
 from benchmarks.attention_gate import Problem, backward_gate, exact_rows, forward_gate, relative
 from benchmarks.cpu_attention import flex_call
+from benchmarks.demo import default_dtype
 from benchmarks.registry import Arm, Case, Plan, WrongResultError, suite
 from benchmarks.split import kept, time_split
 from blade_compile.config import BladeConfig
@@ -45,7 +46,7 @@ def cases(plan: Plan) -> Iterator[Case]:
     """Prediction, selection and attention; forward at every size, backward at one sparsity."""
     full = FULL[plan.device.type]
     lengths, dims = (QUICK["lengths"], QUICK["dims"]) if plan.quick else (full["lengths"], DIMS)
-    dtypes = full["dtypes"][-1:] if plan.quick else full["dtypes"]
+    dtypes = (default_dtype(plan.device.type),) if plan.quick else full["dtypes"]
     for dtype, D, S in itertools.product(dtypes, dims, lengths):
         yield _forward(plan, dtype, full["heads"], S, D)
     if not plan.quick:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import blade_compile
 from benchmarks import gpu_cases, models, peers, sdpa, suite_models, suite_ops
@@ -87,6 +88,23 @@ def test_models_have_published_shapes_and_run_scaled(name: str) -> None:
         out = module(**model.inputs(tiny, torch.float32, PLAN.device))[0]
     assert out.isfinite().all()
     assert "scaled down" in model.describe(tiny)
+
+
+@pytest.mark.parametrize("name", tuple(models.MODELS))
+def test_a_scaled_model_keeps_the_share_of_attention(name: str) -> None:
+    model = models.MODELS[name]
+    published, scaled = attention_share(model, model.published), attention_share(model, model.scaled)
+    assert scaled == pytest.approx(published, abs=0.02)
+
+
+def attention_share(model: models.Model, size: models.Size) -> float:
+    """Of the FLOPs of a step: the only products of two activations are attention's."""
+    meta = torch.device("meta")
+    module, inputs = model.build(size, torch.bfloat16, meta), model.inputs(size, torch.bfloat16, meta)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(**inputs)
+    flops = counter.get_flop_counts()["Global"]
+    return flops[torch.ops.aten.bmm] / sum(flops.values())
 
 
 @pytest.mark.slow
