@@ -6,6 +6,7 @@ Each is drawn from the rows that it selects, which the page names below it; the 
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -58,8 +59,9 @@ def _figure() -> Any:
 def _svg(figure: Any, axes: Any, legend: bool = True) -> str:
     from matplotlib import pyplot as plt
 
-    if legend and axes.get_legend_handles_labels()[0]:
-        # Outside: inside, the marker of a legend reads as a point of the data.
+    if legend and (labels := axes.get_legend_handles_labels()[1]):
+        # Outside: inside, the marker of a legend reads as a point of the data. The plot keeps its height.
+        figure.set_figheight(figure.get_figheight() + 0.2 * math.ceil(len(labels) / 2))
         figure.legend(frameon=False, fontsize=9, ncols=2, loc="outside upper left")
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})

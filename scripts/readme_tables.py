@@ -2,9 +2,10 @@
 
 ``readme_tables.py`` writes them; ``readme_tables.py --check`` only says whether they are out of date.
 
-The first table is ``cpu_attention.json``'s worst case. Each ``<name>/report.json`` (of ``python -m benchmarks``, or of
-its ``headline``) adds one with its whole steps, generations and training steps, and the stronger baselines and the
-published figures beside them. Between two more markers stands which source each committed result is of.
+The first tables are of each ``<name>/report.json`` (of ``python -m benchmarks``, or of its ``headline``): single
+attentions at one length, steps, generations and training steps under the first policy, and the protocol's generations
+with the stronger baselines and the published figures beside them. The last one is ``cpu_attention.json``'s worst case.
+Between two more markers stands which source each committed result is of.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ SOURCE_MARKS = "<!-- sources -->", "<!-- end of sources -->"
 AT = {"S": 8192, "sparsity": 0.8}
 NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 WHOLE = ("models", "pipeline", "distill")
+SINGLE = f"sparsity {AT['sparsity']}, block 128"
 STRONGER = {"over_compiled": "over 50 compiled dense", "over_few": "over as few dense"}
+MANY = "50"  # steps of the generations that few steps are compared with
 Row = dict[str, Any]
 
 
@@ -36,7 +39,7 @@ def attention_table(content: dict[str, Any]) -> list[str]:
     over = "over dense SDPA | over FlexAttention on the same blocks"
     setup, link = content["setup"], "benchmarks/results/cpu_attention.md"
     on = f"{setup['cpu']} ({setup['isa']}), {setup['threads']} threads, PyTorch {setup['torch'].split('+')[0]}"
-    lines = [_heading(on, content, link), ""]
+    lines = ["", f"{_measured_on(on, content)}; all rows in [`{link}`]({link}):", ""]
     lines += [f"| {where} | {over} | prediction | backward over dense |", "| --- | --- | --- | --- | --- |"]
     for dtype in dict.fromkeys(row["dtype"] for row in at):
         mine = [row for row in at if row["dtype"] == dtype]
@@ -51,38 +54,83 @@ def attention_table(content: dict[str, Any]) -> list[str]:
     return lines
 
 
-def report_table(content: dict[str, Any], link: str) -> list[str]:
-    """Whole steps and generations of a report: the sparse arms that have a speed-up, and their baselines' time."""
-    chosen = [row for row in content["rows"] if _is_whole(row)]
-    if not chosen:
-        return []
-    stronger = [name for name in STRONGER if any(name in row for row in chosen)]
-    published = any("published_speedup" in row for row in chosen)
-    head = ["what", "sparsity measured", "time", "rounds", "speed-up (20 to 80 %)", "over"]
-    head += [*(STRONGER[name] for name in stronger), *(["published"] if published else [])]
-    lines = ["", _heading(content["title"].rpartition(" on ")[2], content, link), ""]
-    lines += [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
-    for row in chosen:
-        density = f"{1 - row['density']:.2f}" if "density" in row else ""
-        cells = [
-            f"{row['case']}: {row['arm']}{_size(row)}", density, f"{row['seconds']['median']:.3g} s",
-            str(row["seconds"]["samples"]), _span(row["speedup"]), row["baseline"],
-            *(_span(row[name]) if name in row else "" for name in stronger),
-        ]  # fmt: skip
-        if published:
-            figure = row.get("published_speedup")
-            cells.append(f"{figure:g}x ({row['published_on']})" if figure else "")
-        lines.append(f"| {' | '.join(cells)} |")
+def report_tables(reports: dict[str, dict[str, Any]]) -> list[str]:
+    """Of reports by link. Those of one machine and one source share a heading and two tables: calls, generations."""
+    groups: dict[str, list[str]] = {}
+    for link, content in reports.items():
+        groups.setdefault(_measured_on(content["title"].rpartition(" on ")[2], content), []).append(link)
+    lines = []
+    for heading, links in groups.items():
+        rows = [row for link in links for row in reports[link]["rows"] if _is_shown(row)]
+        if not rows:
+            continue
+        named = ", ".join(f"[{Path(link).parent.name}]({link})" for link in links)
+        lines += ["", f"{heading}; all rows in {named}:"]
+        lines += _calls(_first_of_each([row for row in rows if "calculation" not in row]))
+        lines += _generations([row for row in rows if "calculation" in row])
     return lines
 
 
-def _heading(on: str, content: dict[str, Any], link: str) -> str:
-    """What a table was measured on, whether anything else ran there, of which source it is, and where its rows are."""
+def _is_shown(row: Row) -> bool:
+    """Sparse steps, generations and training steps, what the headline adds up, and one length and sparsity of `ops`."""
+    if row["status"] != "ok" or "speedup" not in row or row["arm"] == row["baseline"]:
+        return False
+    if row["suite"] == "ops":
+        return row["kind"] == "forward" and row["S"] == AT["S"] and row["arm"].endswith(SINGLE)
+    return "calculation" in row or (row["suite"] in WHOLE and "density" in row)
+
+
+def _first_of_each(rows: list[Row]) -> list[Row]:
+    """Of a model the first policy, the same for all; single attentions have FlexAttention beside blade."""
+    first: dict[tuple[str, str], Row] = {}
+    for row in rows:
+        first.setdefault((row["case"], row["arm"] if row["suite"] == "ops" else ""), row)
+    return [*first.values()]
+
+
+def _calls(rows: list[Row]) -> list[str]:
+    head = ["what", "sparsity measured", "time", "rounds", "speed-up (20 to 80 %)", "over"]
+    return _table(head, [[*_common(row), _span(row["speedup"]), row["baseline"]] for row in rows])
+
+
+def _generations(rows: list[Row]) -> list[str]:
+    head = ["whole generation", "", "time", "rounds", "over 50 eager dense", *STRONGER.values(), "published"]
+    return _table(head, [
+        [
+            *_common(row), _span(row["speedup"]), *(_over(name, row) for name in STRONGER),
+            f"{row['published_speedup']:g}x ({row['published_on']})" if "published_speedup" in row else "",
+        ]
+        for row in rows
+    ])  # fmt: skip
+
+
+def _over(name: str, row: Row) -> str:
+    """Blank where the row is that baseline itself, or has many steps and would be compared with few."""
+    if name not in row or row[name]["low"] == row[name]["high"] == 1 or (name == "over_few" and row["arm"][:2] == MANY):
+        return ""
+    return _span(row[name])
+
+
+def _common(row: Row) -> list[str]:
+    density = f"{1 - row['density']:.2f}" if "density" in row else ""
+    seconds = row["seconds"]
+    return [f"{row['case']}: {row['arm']}{_size(row)}", density, f"{seconds['median']:.3g} s", str(seconds["samples"])]
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """A Markdown table after an empty line, without the columns that are empty; nothing where there is no row."""
+    kept = [i for i in range(len(head)) if any(row[i] for row in rows)]
+    lines = [[head[i] for i in kept], ["---"] * len(kept), *([row[i] for i in kept] for row in rows)]
+    return ["", *(f"| {' | '.join(line)} |" for line in lines)] if rows else []
+
+
+def _measured_on(on: str, content: dict[str, Any]) -> str:
+    """What a table was measured on, whether anything else ran there, and of which source it is."""
     setup = content["setup"]
     load = setup["load"].replace(".", "", 1)
     noise = f"; not quiet, load {setup['load']} before the run" if load.isdigit() and float(setup["load"]) > 1 else ""
     earlier = ", of an earlier source" if _outdated(content) else ""
-    return f"{on}{noise}; commit {setup['commit']}{earlier}; all rows in [`{link}`]({link}):"
+    return f"{on}{noise}; commit {setup['commit']}{earlier}"
 
 
 def _span(figures: dict[str, float]) -> str:
@@ -101,13 +149,12 @@ def _size(row: Row) -> str:
 
 def tables(results: Path = RESULTS) -> str:
     """What stands between the two markers."""
-    lines = []
+    paths = sorted(results.glob("*/report.json"))
+    links = [path.with_suffix(".html").relative_to(results.parent.parent).as_posix() for path in paths]
+    lines = report_tables(dict(zip(links, (json.loads(path.read_text()) for path in paths), strict=True)))
     attention = results / "cpu_attention.json"
     if attention.exists():
         lines += attention_table(json.loads(attention.read_text()))
-    for path in sorted(results.glob("*/report.json")):
-        link = path.with_suffix(".html").relative_to(results.parent.parent).as_posix()
-        lines += report_table(json.loads(path.read_text()), link)
     return "\n".join(lines)
 
 

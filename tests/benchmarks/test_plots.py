@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from benchmarks import plots
 
 SPAN = {"median": 4.0, "low": 3.5, "high": 4.5, "samples": 5}
@@ -23,3 +25,15 @@ def test_fidelity_and_speed_are_paired_where_both_kept_as_much() -> None:
     svg = plots.draw_fidelity(chosen)
     assert "adaspa, search at every call<" in svg
     assert "sparge" not in svg
+
+
+def test_a_long_legend_leaves_the_plot_its_height() -> None:
+    def height(models: int) -> float:
+        row = {"suite": "models", "density": 0.2, "speedup": SPAN, "error": 0.1}
+        found = re.search(
+            r'viewBox="0 0 \S+ (\S+)"', plots.draw_distance([row | {"model": str(m)} for m in range(models)])
+        )
+        assert found
+        return float(found[1])
+
+    assert height(2) < height(4) < height(8)

@@ -31,41 +31,73 @@ def test_the_readme_is_current(readme_tables: ModuleType) -> None:
     assert readme_tables.updated(text) == text, "run scripts/readme_tables.py"
 
 
-def test_a_report_becomes_a_table(readme_tables: ModuleType, tmp_path: Path) -> None:
-    span = {"median": 5.17, "low": 5.0, "high": 5.3}
-    row: dict[str, Any] = {
-        "suite": "models", "case": "wan2.1-1.3b, one step", "arm": "blade asa, sparsity 0.8", "status": "ok",
-        "size": "Wan, scaled down: 2 layers", "density": 0.2, "seconds": {"median": 1.2, "samples": 7}, "speedup": span,
-        "baseline": "compiled dense",
-    }  # fmt: skip
-    rows = [
-        {**row, "arm": "compiled dense"}, row, {**row, "arm": "wrong", "status": "wrong"},
-        {**row, "suite": "ops", "arm": "an operator"},
-        {**row, "suite": "headline", "case": "whole generations", "arm": "8 steps", "calculation": "8 x (step)",
-         "over_compiled": {**span, "median": 3.9}, "over_few": {**span, "median": 1.4}, "published_speedup": 14.1,
-         "published_on": "one H20"},
-    ]  # fmt: skip
-    results = tmp_path / "benchmarks" / "results"
-    (results / "steps_cpu").mkdir(parents=True)
-    content = {"title": "blade on a CPU", "rows": rows, "setup": {"load": "2.6", "commit": "abc"}}
-    (results / "steps_cpu" / "report.json").write_text(json.dumps(content))
+SPAN = {"median": 5.17, "low": 5.0, "high": 5.3}
+ROW: dict[str, Any] = {
+    "suite": "models", "case": "wan2.1-1.3b, one step", "arm": "blade asa, sparsity 0.8", "status": "ok",
+    "size": "Wan, scaled down: 2 layers", "density": 0.2, "seconds": {"median": 1.2, "samples": 7}, "speedup": SPAN,
+    "baseline": "compiled dense",
+}  # fmt: skip
+SINGLE = {"suite": "ops", "kind": "forward", "S": 8192, "case": "forward float32 D=64 S=8192", "baseline": "dense"}
+HEADLINE = {
+    "suite": "headline", "case": "whole generations", "calculation": "8 x (step)", "over_compiled": SPAN,
+    "over_few": {**SPAN, "median": 1.4}, "published_speedup": 14.1, "published_on": "one H20", "arm": "8 steps",
+}  # fmt: skip
+
+
+def readme(module: ModuleType, results: Path, **reports: dict[str, Any]) -> list[str]:
+    """The lines of a README that has these reports beside it."""
+    for name, content in reports.items():
+        (results / name).mkdir(parents=True, exist_ok=True)
+        (results / name / "report.json").write_text(json.dumps(content))
     before = f"above\n<!-- results -->\nold\n<!-- end of results -->\n{SOURCES}below\n"
-    lines = readme_tables.updated(before, results).splitlines()
+    lines: list[str] = module.updated(before, results).splitlines()
     assert (lines[0], lines[-1]) == ("above", "below")
     assert "old" not in lines
-    (link,) = (line for line in lines if "report.html" in line)
-    page = "benchmarks/results/steps_cpu/report.html"
-    assert link == f"a CPU; not quiet, load 2.6 before the run; commit abc; all rows in [`{page}`]({page}):"
+    return lines
+
+
+def report(*rows: dict[str, Any], load: str = "0.8") -> dict[str, Any]:
+    return {"title": "blade on a CPU", "rows": [*rows], "setup": {"load": load, "commit": "abc"}}
+
+
+def test_reports_become_tables(readme_tables: ModuleType, tmp_path: Path) -> None:
+    dense, wrong = {**ROW, "arm": "compiled dense"}, {**ROW, "arm": "wrong", "status": "wrong"}
+    steps = report(dense, wrong, ROW, {**ROW, "arm": "another policy"})
+    ops = report(*({**ROW, **SINGLE, "arm": f"{who}, sparsity 0.8, block 128"} for who in ("blade asa", "Flex")))
+    results = tmp_path / "benchmarks" / "results"
+    itself = {"median": 1.0, "low": 1.0, "high": 1.0}
+    many = {**ROW, **HEADLINE, "arm": "50 steps, compiled dense", "over_compiled": itself, "over_few": SPAN}
+    few = {**ROW, **HEADLINE}
+    lines = readme(readme_tables, results, steps=steps, ops=ops, head=report(many, few))
+    (links,) = (line for line in lines if "report.html" in line)
+    page = "(benchmarks/results/{0}/report.html)".format
+    named = [f"[{name}]{page(name)}" for name in ("head", "ops", "steps")]
+    assert links == f"a CPU; commit abc; all rows in {', '.join(named)}:"
     body = [line for line in lines if "| 5.17x" in line]
-    assert len(body) == 2
-    assert body[0].startswith(
-        "| wan2.1-1.3b, one step: blade asa, sparsity 0.8, scaled-down model | 0.80 | 1.2 s | 7 | 5.17x (5.00-5.30) |"
+    single, flex, step, against, generation = body
+    assert "| 5.17x (5.00-5.30) |  |  | 14.1x" in against
+    assert "blade asa" in single and "Flex" in flex
+    assert step == (
+        "| wan2.1-1.3b, one step: blade asa, sparsity 0.8, scaled-down model | 0.80 | 1.2 s | 7 | 5.17x (5.00-5.30) "
+        "| compiled dense |"
     )
-    assert body[1].endswith("| 3.90x (5.00-5.30) | 1.40x (5.00-5.30) | 14.1x (one H20) |")
-    assert "| over | over 50 compiled dense | over as few dense | published |" in "\n".join(lines)
-    content["setup"]["load"] = "0.8"
-    (results / "steps_cpu" / "report.json").write_text(json.dumps(content))
-    assert "a CPU; commit abc; all rows" in readme_tables.updated(before, results)
+    assert generation.endswith("| 5.17x (5.00-5.30) | 1.40x (5.00-5.30) | 14.1x (one H20) |")
+    assert "| over 50 eager dense | over 50 compiled dense | over as few dense | published |" in "\n".join(lines)
+
+
+def test_a_machine_that_was_not_quiet_has_a_heading_of_its_own(readme_tables: ModuleType, tmp_path: Path) -> None:
+    results = tmp_path / "benchmarks" / "results"
+    lines = readme(readme_tables, results, quiet=report(ROW), noisy=report(ROW, load="2.6"), none=report())
+    noisy, quiet = (line for line in lines if "report.html" in line)
+    assert noisy.startswith("a CPU; not quiet, load 2.6 before the run; commit abc; all rows in [noisy]")
+    assert quiet.startswith("a CPU; commit abc; all rows in [none]") and "[quiet]" in quiet
+
+
+def test_other_lengths_and_sparsities_stay_in_the_report(readme_tables: ModuleType, tmp_path: Path) -> None:
+    right = {**ROW, **SINGLE, "arm": "blade asa, sparsity 0.8, block 128"}
+    others = {**right, "S": 4096}, {**right, "kind": "backward"}, {**right, "arm": "blade asa, sparsity 0.5, block 128"}
+    lines = readme(readme_tables, tmp_path / "benchmarks" / "results", ops=report(right, *others))
+    assert sum("5.17x" in line for line in lines) == 1
 
 
 def test_prediction_is_in_every_figure_of_the_first_table(readme_tables: ModuleType) -> None:

@@ -12,7 +12,7 @@ import markupsafe
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import look, plots, registry, report_html, setup_info
+from benchmarks import look, plots, registry, report_html, setup_info, tables
 from benchmarks.__main__ import main, write
 from blade_compile.report import Site
 
@@ -90,8 +90,7 @@ def test_every_figure_is_a_value_of_the_report(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "report.json").read_text())
     cells = Cells((tmp_path / "report.html").read_text()).cells
     sourced = {source: text for text, source in cells if source}
-    for source, text in sourced.items():
-        assert text == report_html.shown(content, source), source
+    the_same_figures(content, sourced)
     said = {row["reason"] for row in content["rows"] if "reason" in row}
     for text, source in cells:
         assert source or not re.search(r"\d", text) or text.partition(": ")[2] in said, text
@@ -108,6 +107,20 @@ def test_every_figure_is_a_value_of_the_report(tmp_path: Path) -> None:
     assert site["shape"] == "1 x 2 x 2304 x 64"
     assert sourced["sites/wan2.1-1.3b/sites/1/shape"] == "1 x 2 x 2304/32 x 64"
     assert not any("first_call" in source for source in sourced), "the arms of a case share caches"
+
+
+def the_same_figures(content: dict[str, Any], sourced: dict[str, str]) -> None:
+    for source, text in sourced.items():
+        assert text == report_html.shown(content, source), source
+
+
+@pytest.mark.parametrize("page", sorted(tables.RESULTS.glob("*/report.html")), ids=lambda page: page.parent.name)
+def test_committed_pages_show_their_reports_figures(page: Path) -> None:
+    content = json.loads(page.with_suffix(".json").read_text())
+    sourced = {source: text for text, source in Cells(page.read_text()).cells if source}
+    timed = {f"rows/{place}/seconds" for place, row in enumerate(content["rows"]) if "seconds" in row}
+    assert timed <= sourced.keys()
+    the_same_figures(content, sourced)
 
 
 def test_a_changed_figure_is_noticed(tmp_path: Path) -> None:
