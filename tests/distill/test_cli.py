@@ -262,7 +262,8 @@ def test_digits_hands_over_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sigint_from_outside_ends_with_130(tmp_path: Path) -> None:
     """The whole process, while a command is at work."""
     code = (
-        "import sys, time\n"
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs inherit none
         "from blade_compile.distill import cli\n"
         "cli._load = lambda *a: print('ready', flush=True) or time.sleep(60)\n"
         "sys.argv = ['blade-distill', 'train', '--config', 'digits']\n"

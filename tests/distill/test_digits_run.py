@@ -565,6 +565,7 @@ def test_a_walk_is_the_teachers_own_sampler(teacher: DigitsTransformer) -> None:
     assert float(walk.x[0].std()) == pytest.approx(1, abs=0.1)  # noise anew
 
 
+@pytest.mark.slow
 def test_adapting_brings_the_sparse_model_nearer_and_is_repeatable(tmp_path: Path, teacher: DigitsTransformer) -> None:
     config = configuration(arm("distil_after"), TINY, 0, tmp_path)
     losses = [

@@ -108,12 +108,15 @@ def test_a_stopped_evaluation_goes_on(tmp_path: Path) -> None:
 
 def test_peak_memory_of_the_process() -> None:
     peak = evaluation._Peak()
-    peak.start()
-    before = peak.stop()
-    held = torch.ones(2**25)  # 128 MiB
-    after = peak.stop()
-    if before is None or after is None:
-        pytest.skip("the high-water mark can't be reset here")
+    for _ in range(5):  # the system may take other pages of this process away meanwhile
+        peak.start()
+        before = peak.stop()
+        held = torch.ones(2**25)  # 128 MiB
+        after = peak.stop()
+        if before is None or after is None:
+            pytest.skip("the high-water mark can't be reset here")
+        if after - before > 100 * 2**20:
+            break
     assert after - before > 100 * 2**20 and len(held)
     del held
     peak.start()

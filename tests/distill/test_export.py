@@ -54,7 +54,7 @@ def test_round_trip_through_the_stock_pipeline(family: str, tmp_path: Path) -> N
     torch.testing.assert_close(run(stock(family, folder).transformer, family), want, rtol=1e-5, atol=1e-6)
 
 
-SPARSE = [family if family in {"wan", "dit"} else pytest.param(family, marks=pytest.mark.slow) for family in CONFIGS]
+SPARSE = [family if family == "wan" else pytest.param(family, marks=pytest.mark.slow) for family in CONFIGS]
 
 
 @pytest.mark.parametrize("family", SPARSE)

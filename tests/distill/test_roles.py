@@ -420,7 +420,8 @@ def test_a_kept_layer_compiles_whole_with_adapters() -> None:
         assert kept(torch.ones(1, 32)).dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", [pytest.param("wan", marks=pytest.mark.slow), "sd3"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["wan", "sd3"])
 def test_blocks_of_diffusers_run_sparse(tmp_path: Path, name: str) -> None:
     sparse = {"sparsity": 0.5, "block_size": 16, "blade_options": {"min_tokens": 1}}
     more = {"lora": LORA, "method__step_choices": [1, 2], "parallel__activation_checkpointing": True}

@@ -165,7 +165,7 @@ def run(folder: Path, world: int, changes: dict[str, Any]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=pytest.mark.slow if case != "lora" else ()) for case in CASES]
+    "case", [pytest.param(case, marks=pytest.mark.slow if case != "full" else ()) for case in CASES]
 )
 def test_two_ranks_are_one(tmp_path: Path, case: str) -> None:
     one, two = (run(tmp_path, world, CASES[case]) for world in (1, 2))
