@@ -505,6 +505,7 @@ def test_arms_of_a_seed_start_from_equal_noise_and_seeds_from_other() -> None:
     assert labels.tolist() == [*range(10), *range(10)]
 
 
+@pytest.mark.slow
 def test_a_sampler_exchanges_weights_and_counts_blocks(teacher: DigitsTransformer) -> None:
     options = {"policy": "asa", "sparsity": 0.75, "block_size": 16, "when": "always", "min_tokens": 1}
     sampler = Sampler(teacher, {**options, "grid": teacher.config.grid})
@@ -577,6 +578,7 @@ def test_adapting_brings_the_sparse_model_nearer_and_is_repeatable(tmp_path: Pat
     assert not torch.equal(long["patch_in.weight"], short["patch_in.weight"])
 
 
+@pytest.mark.slow
 def test_a_diverging_adaptation_is_said(tmp_path: Path, teacher: DigitsTransformer) -> None:
     with torch.no_grad():
         teacher.patch_out.bias.fill_(float("nan"))

@@ -56,7 +56,11 @@ def storages(tensors: list[Tensor]) -> dict[int, int]:
 
 
 @pytest.mark.parametrize(
-    ("lora", "dense"), [(None, {"sparsity__sparsity": 0.0}), (LORA, {"sparsity__when": "never"})], ids=["zero", "never"]
+    ("lora", "dense"),
+    [
+        pytest.param(None, {"sparsity__sparsity": 0.0}, marks=pytest.mark.slow, id="zero"),
+        pytest.param(LORA, {"sparsity__when": "never"}, id="never"),
+    ],
 )
 def test_all_start_as_the_dense_module(tmp_path: Path, lora: Any, dense: dict[str, Any]) -> None:
     plain, _ = tiny_digits.build()
