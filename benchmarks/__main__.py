@@ -113,7 +113,7 @@ def show(title: str, rows: list[Row], screen: Console) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Command line. Returns 0, or 1 where an arm's result was wrong or a comparison found something slower."""
     argv = sys.argv[1:] if argv is None else argv
-    commands = {"compare": _compare, "headline": _headline}
+    commands = {"compare": _compare, "headline": _headline, "render": _render}
     if argv[:1] and argv[0] in commands:
         return commands[argv[0]](argv[1:])
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").split("\n", 1)[0])
@@ -195,6 +195,19 @@ def _not_run(suites: list[str], plan: registry.Plan) -> list[str]:
         )
     lines += [f"headline --model {name}: a command of its own" for name in headline.PROTOCOLS]
     return lines
+
+
+def _render(argv: list[str]) -> int:
+    """Draw pages anew after a change of how they look; nothing is measured."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks render", description=_render.__doc__)
+    parser.add_argument("folders", type=Path, nargs="+", help="each with a report.json")
+    for folder in parser.parse_args(argv).folders:
+        try:
+            compare.load(folder)
+        except ValueError as error:
+            parser.error(str(error))
+        write(json.loads((folder / "report.json").read_text()), folder)
+    return 0
 
 
 def _compare(argv: list[str]) -> int:

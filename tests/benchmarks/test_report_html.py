@@ -123,6 +123,17 @@ def test_committed_pages_show_their_reports_figures(page: Path) -> None:
     the_same_figures(content, sourced)
 
 
+def test_a_page_is_drawn_again_from_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(_content(), tmp_path)
+    page, rows = ((tmp_path / name).read_text() for name in ("report.html", "report.json"))
+    (tmp_path / "report.html").write_text("of an earlier look")
+    assert main(["render", str(tmp_path)]) == 0
+    assert [(tmp_path / name).read_text() for name in ("report.html", "report.json")] == [page, rows]
+    with pytest.raises(SystemExit):
+        main(["render", str(tmp_path / "none")])
+    assert "no report.json here" in capsys.readouterr().err
+
+
 def test_a_changed_figure_is_noticed(tmp_path: Path) -> None:
     content = _content()
     write(content, tmp_path)
